@@ -1,0 +1,104 @@
+"""Intervals: hand values, limits, and how often they hold what they claim to hold."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from trimtab.evals.intervals import Estimate, bootstrap_difference, bootstrap_mean, wilson
+
+
+def test_wilson_hand_value() -> None:
+    # 8 of 10 at 95 %: the textbook interval (0.4902, 0.9433).
+    estimate = wilson(8, 10)
+    assert (estimate.value, estimate.count) == (0.8, 10)
+    assert estimate.low == pytest.approx(0.4902, abs=1e-4)
+    assert estimate.high == pytest.approx(0.9433, abs=1e-4)
+
+
+def test_wilson_stays_inside_and_never_shrinks_to_a_point() -> None:
+    none, every = wilson(0, 20), wilson(20, 20)
+    assert none.low == 0 and none.high == pytest.approx(0.1611, abs=1e-4)
+    assert every.high == 1 and every.low == pytest.approx(1 - none.high)
+
+
+def test_wilson_covers_the_share_it_estimates() -> None:
+    generator = np.random.default_rng(0)
+    for share, total in [(0.5, 40), (0.9, 40), (0.05, 100)]:
+        bounds = [wilson(k, total) for k in range(total + 1)]
+        drawn = generator.binomial(total, share, size=4000)
+        covered = np.mean([bounds[k].low <= share <= bounds[k].high for k in drawn])
+        assert 0.92 <= covered <= 0.99
+
+
+def test_bootstrap_covers_the_mean_it_estimates() -> None:
+    generator = np.random.default_rng(0)
+    for draw, mean in [(generator.standard_normal, 0.0), (generator.standard_exponential, 1.0)]:
+        estimates = [bootstrap_mean(draw(40), seed, 500) for seed in range(600)]
+        covered = np.mean([estimate.low <= mean <= estimate.high for estimate in estimates])
+        assert 0.90 <= covered <= 0.98
+
+
+def test_bootstrap_agrees_with_the_normal_interval_of_many_values() -> None:
+    values = np.random.default_rng(1).normal(3, 2, 2000)
+    estimate = bootstrap_mean(values, seed=0, resamples=4000)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(2000)
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.006)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.006)
+
+
+def test_weights_make_a_ratio_of_sums() -> None:
+    # 10 nats over 5 tokens and 2 nats over 1 token: 12 nats over 6 tokens.
+    assert bootstrap_mean([2.0, 2.0], weights=[5, 1]).value == 2
+    assert bootstrap_mean([3.0, 1.0], weights=[1, 3]).value == pytest.approx(1.5)
+    # Resampled together, a constant ratio has no spread.
+    constant = bootstrap_mean([2.0] * 9, weights=range(1, 10))
+    assert (constant.low, constant.high) == (2, 2)
+
+
+def test_pairing_sees_what_separate_intervals_hide() -> None:
+    generator = np.random.default_rng(2)
+    prompt = generator.normal(0, 10, 100)
+    first, second = prompt + 0.5 + generator.normal(0, 0.5, 100), prompt
+    assert bootstrap_difference(first, second).low > 0
+    assert bootstrap_mean(first).low < bootstrap_mean(second).high
+
+
+def test_same_seed_same_interval() -> None:
+    values = np.random.default_rng(3).normal(size=50)
+    assert bootstrap_mean(values, seed=7) == bootstrap_mean(values, seed=7)
+    assert bootstrap_mean(values, seed=7) != bootstrap_mean(values, seed=8)
+
+
+def test_one_value_has_no_interval_and_json_has_no_nan() -> None:
+    estimate = bootstrap_mean([0.25])
+    assert estimate.value == 0.25 and math.isnan(estimate.low)
+    assert json.loads(json.dumps(estimate.to_dict(), allow_nan=False)) == {
+        "value": 0.25,
+        "low": None,
+        "high": None,
+        "count": 1,
+    }
+    assert wilson(0, 0).to_dict() == {"value": None, "low": None, "high": None, "count": 0}
+
+
+def test_format() -> None:
+    assert str(Estimate(0.611, 0.579, 0.642, 500)) == "0.61 [0.58, 0.64]"
+    assert f"{Estimate(0.611, 0.579, 0.642, 500):.1f}" == "0.6 [0.6, 0.6]"
+
+
+def test_errors_say_what_was_given() -> None:
+    with pytest.raises(ValueError, match="5 successes of 4"):
+        wilson(5, 4)
+    with pytest.raises(ValueError, match="level"):
+        wilson(1, 4, level=95)
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap_mean([])
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_mean([1.0, float("nan")])
+    with pytest.raises(ValueError, match="3 and 2"):
+        bootstrap_difference([1, 2, 3], [1, 2])

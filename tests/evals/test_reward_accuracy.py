@@ -1,0 +1,73 @@
+"""Reward accuracy on pairs counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trimtab.evals.reward_accuracy import reward_accuracy
+from trimtab.records import Preference, Prompt
+from trimtab.rewards import RuleReward
+
+LENGTH = RuleReward("length", lambda prompt, response: len(response))
+LETTERS = RuleReward("letters", lambda prompt, response: response.count("a"))
+
+
+def pair(chosen: str, rejected: str, *, confidence: float = 1.0, subset: str | None = None) -> Preference:
+    columns = {} if subset is None else {"subset": subset}
+    return Preference(Prompt.from_text("?", columns=columns), chosen, rejected, confidence=confidence)
+
+
+PAIRS = [
+    pair("aa", "bbbb", subset="easy"),  # letters right by 2, longer wrong
+    pair("aaa", "a", subset="easy"),  # letters right by 2, longer right
+    pair("bb", "aab", subset="hard"),  # letters wrong by 2, longer wrong
+    pair("bbb", "cc", subset="hard"),  # letters tie, longer right
+    pair("x", "a", confidence=0.5, subset="hard"),  # no better answer
+]
+
+
+def test_counts_by_hand() -> None:
+    result = reward_accuracy(LETTERS, PAIRS)
+    assert (result.accuracy.value, result.accuracy.count) == (0.5, 4)
+    assert (result.ties, result.excluded) == (1, 1)
+    assert (result.longer.value, result.longer.count) == (0.5, 4)
+    assert result.margin.value == pytest.approx((2 + 2 - 2 + 0) / 4)
+    assert {name: (share.value, share.count) for name, share in result.subsets.items()} == {
+        "easy": (1.0, 2),
+        "hard": (0.0, 2),
+    }
+
+
+def test_length_reward_has_the_accuracy_of_longer_wins() -> None:
+    result = reward_accuracy(LENGTH, PAIRS)
+    assert result.accuracy == result.longer
+
+
+def test_low_confidence_exchanges_the_answers() -> None:
+    assert reward_accuracy(LETTERS, [pair("b", "a", confidence=0.2)]).accuracy.value == 1
+    assert reward_accuracy(LETTERS, [pair("b", "a", confidence=0.8)]).accuracy.value == 0
+
+
+def test_exchanging_every_pair_gives_the_complement_without_the_ties() -> None:
+    exchanged = [pair(p.rejected, p.chosen) for p in PAIRS if p.confidence != 0.5]
+    there, back = reward_accuracy(LETTERS, PAIRS), reward_accuracy(LETTERS, exchanged)
+    count = there.accuracy.count
+    assert there.accuracy.value + back.accuracy.value == 1 - there.ties / count
+    assert there.margin.value == -back.margin.value
+
+
+def test_subset_by_another_column_or_none() -> None:
+    assert reward_accuracy(LETTERS, PAIRS, by="language").subsets == {}
+    assert reward_accuracy(LETTERS, [pair("a", "b")]).subsets == {}
+
+
+def test_goes_to_json() -> None:
+    written = json.loads(json.dumps(reward_accuracy(LETTERS, PAIRS).to_dict(), allow_nan=False))
+    assert written["accuracy"]["value"] == 0.5 and written["subsets"]["easy"]["count"] == 2
+
+
+def test_nothing_but_ties_is_an_error() -> None:
+    with pytest.raises(ValueError, match="none of 1 pairs"):
+        reward_accuracy(LETTERS, PAIRS[-1:])

@@ -1,0 +1,87 @@
+"""The verdict: hand cases, word by word where a word could mislead."""
+
+import pytest
+
+from trimtab.report.words import plain, signed, training_verdict, verdict
+
+
+def figure(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def method(name: str, gain: tuple[float, float, float] | None = None, **figures: object) -> dict[str, object]:
+    return {"method": name, **({"gold_gain": figure(*gain)} if gain else {}), **figures}
+
+
+START = method("start", proxy=figure(0.0, -0.1, 0.1), length={"value": 50.0})
+
+
+def test_a_clear_gain_says_how_much_at_what_kl_and_length():
+    dpo = method("dpo", (0.42, 0.35, 0.49), kl={"value": 12.34}, length={"value": 60.0})
+    assert verdict({"methods": [START, dpo]}) == [
+        "DPO raised the gold reward by 0.42 (95% interval +0.35 to +0.49), at 12.3 nats of KL per answer "
+        "from the start model, with answers 20% longer."
+    ]
+
+
+@pytest.mark.parametrize("gain", [(0.02, -0.05, 0.09), (0.05, 0.0, 0.1), (-0.05, -0.1, 0.0), (0.0, 0.0, 0.0)])
+def test_an_interval_that_holds_zero_is_not_clear(gain: tuple[float, float, float]):
+    [sentence] = verdict({"methods": [START, method("dpo", gain)]})
+    assert "no clear change" in sentence and "holds zero" in sentence
+    assert "raised" not in sentence and "lowered" not in sentence
+
+
+def test_a_loss_is_called_a_loss():
+    [sentence] = verdict({"methods": [START, method("dpo", (-0.3, -0.4, -0.2))]})
+    assert sentence == "DPO lowered the gold reward by 0.30 (95% interval −0.40 to −0.20)."
+
+
+def test_the_best_comes_first_and_one_n_speaks_for_best_of_n():
+    methods = [START, method("best-of-4", (0.2, 0.1, 0.3)), method("best-of-16", (0.4, 0.3, 0.5))]
+    sentences = verdict({"methods": [*methods, method("dpo", (0.3, 0.2, 0.4))]})
+    assert [sentence.split()[0] for sentence in sentences] == ["Best-of-16", "DPO"]
+
+
+@pytest.mark.parametrize(
+    ("after", "said"), [(54.0, "about as long"), (56.0, "12% longer"), (40.0, "20% shorter"), (45.0, "about as long")]
+)
+def test_length(after: float, said: str):
+    [sentence] = verdict({"methods": [START, method("dpo", (0.3, 0.2, 0.4), length={"value": after})]})
+    assert sentence.endswith(f", with answers {said}.")
+
+
+def test_a_proxy_that_rose_alone_is_named():
+    gamed = method("dpo", (0.02, -0.05, 0.09), proxy=figure(2.0, 1.9, 2.1))
+    assert any("read its answers" in sentence for sentence in verdict({"methods": [START, gamed]}))
+    honest = method("dpo", (0.3, 0.2, 0.4), proxy=figure(2.0, 1.9, 2.1))
+    still = method("dpo", (0.02, -0.05, 0.09), proxy=figure(0.1, 0.0, 0.2))
+    for entry in (honest, still):
+        assert not any("read its answers" in sentence for sentence in verdict({"methods": [START, entry]}))
+
+
+@pytest.mark.parametrize(("low", "clear"), [(0.51, True), (0.5, False), (0.44, False)])
+def test_a_reward_model_near_a_coin_is_said_to_be_one(low: float, clear: bool):
+    [sentence] = verdict({"reward_model": {"accuracy": figure(0.6, low, 0.7)}})
+    assert "60% of the held-out pairs" in sentence
+    assert ("not clearly better than a coin" not in sentence) == clear
+
+
+def test_what_was_not_measured_gets_no_sentence():
+    assert verdict({}) == []
+    assert verdict({"methods": [START, method("dpo", gold={"value": None})]}) == []
+    unmeasured = {"method": "dpo", "gold_gain": {"value": None, "low": None, "high": None}}
+    assert verdict({"methods": [START, unmeasured]}) == []
+
+
+def test_a_run_alone_is_told_by_its_held_out_accuracy():
+    evals = [{"step": 0, "accuracy": 0.5}, {"step": 9, "accuracy": 0.61, "accuracy_low": 0.57, "accuracy_high": 0.65}]
+    assert training_verdict("dpo", evals) == [
+        "Held-out accuracy of dpo went from 0.50 to 0.61 (95% interval 0.57 to 0.65)."
+    ]
+    assert training_verdict("dpo", evals[:1]) == ["Held-out accuracy of dpo is 0.50."]
+    assert training_verdict("sft", [{"step": 0, "loss": 2.0}]) == []
+
+
+def test_numbers_for_people():
+    assert [signed(value) for value in (0.126, -0.126, 0.001, -0.001)] == ["+0.13", "−0.13", "0.00", "0.00"]
+    assert [plain(value, 1) for value in (1.26, -1.26, -0.01)] == ["1.3", "−1.3", "0.0"]

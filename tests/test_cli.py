@@ -1,0 +1,202 @@
+"""The command line as a person meets it: runs that repeat, mistakes that are told in one message, and quick help."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trimtab.cli import COMMANDS, expand_config, main
+from trimtab.recipes.dpo import Dpo
+
+PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
+DEMONSTRATIONS = [{"prompt": f"Say {i}.", "completion": f"yes {i}"} for i in range(12)]
+FEEDBACK = [{"prompt": f"Say {i}.", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(12)]
+RANKINGS = [{"prompt": f"Say {i}.", "completions": [f"yes {i}", f"maybe {i}", f"no {i}"]} for i in range(12)]
+FAST = ["--dtype", "float32", "--device", "cpu", "--batch-size", "4", "--steps", "3"]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    return write(tmp_path / "pairs.jsonl", PAIRS)
+
+
+def train(command: str, data: str, out: Path, *flags: str) -> None:
+    assert main([command, "--model", "tiny", "--data", data, "--out", str(out), *FAST, *flags]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "flags"),
+    [
+        ("sft", DEMONSTRATIONS, []),
+        ("sft", DEMONSTRATIONS, ["--packing"]),
+        ("reward", PAIRS, []),
+        ("reward", RANKINGS, []),
+        ("dpo", PAIRS, ["--loss", "ipo", "--loss-args", "tau=0.2"]),
+        ("dpo", PAIRS, ["--loss", "dpo+0.2*preferred_ft", "--reference", "live", "--lora-rank", "4"]),
+        ("dpo", PAIRS, ["--reference", "moving", "--reference-args", "alpha=0.5", "every=1"]),
+        ("kto", FEEDBACK, ["--loss-args", "undesirable_weight=1.2"]),
+    ],
+)
+def test_a_run_repeats_to_the_last_bit(command: str, rows: list[dict], flags: list[str], tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", rows)
+    first, again = tmp_path / "first", tmp_path / "again"
+    train(command, data, first, *flags, "--eval-data", data, "--save-every", "2")
+    assert main([command, "--config", str(first / "config.yaml"), "--out", str(again)]) == 0
+    assert losses(first) == losses(again) and len(losses(first)) == 3
+    assert (first / "evals.jsonl").read_text() == (again / "evals.jsonl").read_text()
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (first, again)]
+    assert weights[0] == weights[1]
+    assert (first / "checkpoints" / "step-00000002" / "model.safetensors").exists()
+    environment = json.loads((first / "environment.json").read_text())
+    assert environment["seed"] == 0 and environment["versions"]["torch"]
+    assert "<html" in (first / "report.html").read_text()[:200]
+
+
+def test_an_override_beats_the_config(pairs: str, tmp_path: Path) -> None:
+    train("dpo", pairs, tmp_path / "a")
+    config = str(tmp_path / "a" / "config.yaml")
+    assert main(["dpo", "--config", config, "--out", str(tmp_path / "b"), "--steps", "1", "--seed", "3"]) == 0
+    assert len(losses(tmp_path / "b")) == 1
+
+
+def test_the_seed_changes_the_order(pairs: str, tmp_path: Path) -> None:
+    for seed in ("1", "2"):
+        train("dpo", pairs, tmp_path / seed, "--seed", seed, "--lr", "0.01")
+    assert losses(tmp_path / "1")[1:] != losses(tmp_path / "2")[1:]
+
+
+def test_dpo_starts_at_ln_2_from_every_kind_of_start(pairs: str, tmp_path: Path) -> None:
+    train("sft", pairs, tmp_path / "sft", "--lora-rank", "4", "--lr", "0.01")
+    starts: dict[str, list[str]] = {
+        "full": ["tiny"],
+        "lora": ["tiny", "--lora-rank", "4"],
+        "lora on an sft lora": [str(tmp_path / "sft"), "--lora-rank", "4"],
+        "full, live": [str(tmp_path / "sft"), "--reference", "live"],
+        "lora, live": [str(tmp_path / "sft"), "--reference", "live", "--lora-rank", "4"],
+    }
+    for name, (model, *flags) in starts.items():
+        out = tmp_path / name
+        assert main(["dpo", "--model", model, "--data", pairs, "--out", str(out), *FAST, *flags]) == 0
+        assert losses(out)[0] == pytest.approx(0.69314718, abs=1e-6), name
+
+
+def test_the_chain_of_commands(pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("reward", pairs, tmp_path / "reward")
+    train("dpo", pairs, tmp_path / "dpo")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}, {"prompt": "Say 2."}])
+    best, answers, scored = (str(tmp_path / name) for name in ("best.jsonl", "answers.jsonl", "scored.jsonl"))
+    reward, policy, few = str(tmp_path / "reward"), str(tmp_path / "dpo"), ["--max-new-tokens", "5"]
+    chosen = ["best-of-n", "--model", policy, "--reward", reward, "--data", prompts, "-n", "4", "--out", best]
+    assert main([*chosen, *few]) == 0
+    rows = [json.loads(line) for line in Path(best).read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Say 1.", "Say 2."]
+    assert all(row["reward"] == max(row["rewards"]) and len(row["rewards"]) == 4 for row in rows)
+    assert main(["generate", "--model", policy, "--data", prompts, "--out", answers, *few]) == 0
+    assert main(["score", "--reward", reward, "--data", answers, "--out", scored]) == 0
+    assert all(isinstance(json.loads(line)["reward"], float) for line in Path(scored).read_text().splitlines())
+    implicit = str(tmp_path / "implicit.jsonl")
+    assert main(["score", "--reward", f"implicit:{policy}", "--data", pairs, "--out", implicit]) == 0
+    assert len(json.loads(Path(implicit).read_text().splitlines()[0])["reward"]) == 2
+    capsys.readouterr()
+    assert main(["evaluate", "reward", "--reward", reward, "--data", pairs, "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["accuracy"]["value"] <= 1
+    assert main(["data", "check", pairs, "--against", pairs, "--model", "tiny"]) == 0
+    assert main(["data", "show", pairs, "--model", "tiny"]) == 0
+    assert main(["report", reward, policy, "--out", str(tmp_path / "page.html")]) == 0
+
+
+MISTAKES = {
+    "no such file": (["dpo", "--data", "nowhere.jsonl"], r"nowhere\.jsonl"),
+    "empty file": (["dpo", "--data", "{empty}"], r"empty\.jsonl.*no rows"),
+    "missing column": (["dpo", "--data", "{demonstrations}"], r"rejected"),
+    "not a string": (["sft", "--data", "{numbers}"], r"numbers\.jsonl:1.*completion"),
+    "same answer twice": (["dpo", "--data", "{same}"], r"same\.jsonl:1"),
+    "unknown loss": (["dpo", "--data", "{pairs}", "--loss", "dop"], r"dop.*dpo"),
+    "unknown argument": (["dpo", "--data", "{pairs}", "--loss-args", "bata=1"], r"bata.*beta"),
+    "argument out of range": (["dpo", "--data", "{pairs}", "--loss-args", "beta=-1"], r"beta"),
+    "inert reference arguments": (["dpo", "--data", "{pairs}", "--reference-args", "alpha=1"], r"moving"),
+    "too long": (["dpo", "--data", "{pairs}", "--max-length", "8"], r"--overlong"),
+    "no rows left": (["dpo", "--data", "{pairs}", "--max-length", "8", "--overlong", "drop"], r"nothing is left"),
+    "no steps": (["dpo", "--data", "{pairs}", "--steps", "0"], r"--steps 0"),
+    "unknown model": (["dpo", "--data", "{pairs}", "--model", "./nowhere"], r"nowhere"),
+    "out is taken": (["dpo", "--data", "{pairs}", "--out", "{taken}"], r"already holds.*--overwrite"),
+    "unknown key in config": (["dpo", "--data", "{pairs}", "--config", "{config}"], r"learning_rate"),
+    "no such config": (["dpo", "--data", "{pairs}", "--config", "nowhere.yaml"], r"nowhere\.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_message_and_status_2(
+    name: str, tmp_path: Path, pairs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("keep me")
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    places = {
+        "pairs": pairs,
+        "empty": write(tmp_path / "empty.jsonl", []),
+        "demonstrations": write(tmp_path / "demonstrations.jsonl", DEMONSTRATIONS),
+        "numbers": write(tmp_path / "numbers.jsonl", [{"prompt": "a", "completion": 3}]),
+        "same": write(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}]),
+        "taken": str(tmp_path / "taken"),
+        "config": str(tmp_path / "config.yaml"),
+    }
+    given, expected = MISTAKES[name]
+    arguments = [word.format(**places) for word in given]
+    for flag, value in {"--model": "tiny", "--out": str(tmp_path / "out")}.items():
+        arguments += [] if flag in arguments else [flag, value]
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert re.search(expected, told, re.DOTALL), told
+    assert "Traceback" not in told
+    assert not (tmp_path / "out").exists() and (tmp_path / "taken" / "precious.txt").exists()
+
+
+def test_unknown_command_and_near_misses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["dop"]) == 2
+    assert "dpo" in capsys.readouterr().err
+    assert main(["data"]) == 2
+    assert "data check" in capsys.readouterr().err
+
+
+def test_config_files_expand_to_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("command: dpo\nlr: 1e-5\nloss_args: [beta=0.2]\nskip_invalid: true\nsteps: null\n")
+    assert expand_config(Dpo, ["--config", str(path), "--lr", "2"]) == [
+        "--loss-args", "beta=0.2", "--skip-invalid", "--lr", "2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main([*name.split(), "--help"])
+    assert exit_status.value.code == 0
+    shown = capsys.readouterr().out
+    assert COMMANDS[name].about[1:30] in shown.replace("\n", " ") or len(shown) > 200
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    probe = (
+        "import sys; from trimtab.cli import main; main({}); "
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    began = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-c", probe.format("['--help']")], capture_output=True, text=True, check=True
+    ).stdout
+    assert time.perf_counter() - began < 2  # half a second on an idle machine; tests share theirs
+    assert "quickstart" in shown and shown.strip().endswith("[]")

@@ -1,0 +1,110 @@
+"""The layout without a model: what each token sees must not depend on how rows were laid out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.batches import Tokens
+from trimtab.layout import PADDING_GROUP, Layout, fill_bins, find_groups, lay_out
+
+
+def make_tokens(rows: list[tuple[list[int], list[int]]], *, left: bool = False) -> Tokens:
+    """Rows of (prompt ids, answer ids), padded on one side."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, real, answered = [], [], []
+    for prompt, answer in rows:
+        padding = longest - len(prompt) - len(answer)
+        parts = [(prompt + answer, 1), ([0] * padding, 0)]
+        ordered = parts[::-1] if left else parts
+        ids.append([i for values, _ in ordered for i in values])
+        real.append([bool(mark) for values, mark in ordered for _ in values])
+        marks = [False] * len(prompt) + [True] * len(answer)
+        answered.append([False] * padding + marks if left else marks + [False] * padding)
+    return Tokens(torch.tensor(ids), torch.tensor(real), torch.tensor(answered))
+
+
+def seen(ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A fingerprint of the (id, position) pairs that each place sees: a sum of pseudo-random numbers of them."""
+    marks = torch.sin(ids.double() * 12.9898 + positions.double() * 78.233) * 43758.5453
+    marks = marks - marks.floor()
+    return (mask[:, 0].double() @ marks[..., None])[..., 0]
+
+
+def by_rows(tokens: Tokens) -> torch.Tensor:
+    """The same fingerprint, each row alone."""
+    causal = torch.ones(tokens.ids.shape[1], tokens.ids.shape[1], dtype=torch.bool).tril()
+    mask = tokens.attention_mask[:, None, None, :] & causal
+    positions = (tokens.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return seen(tokens.ids, positions, mask)
+
+
+def through(tokens: Tokens, layout: Layout) -> torch.Tensor:
+    """The fingerprint in the sequences, brought back to rows."""
+    return seen(layout.ids, layout.positions, layout.mask()).flatten()[layout.place]
+
+
+PAIR = [([5, 6, 7], [1, 2]), ([5, 6, 7], [3]), ([8], [1, 2, 3]), ([8], [4])]
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("capacity", [0, 100])
+def test_every_token_sees_its_own_row_only(left: bool, share: bool, capacity: int) -> None:
+    tokens = make_tokens(PAIR, left=left)
+    layout = lay_out(tokens, share=share, capacity=capacity)
+    real = tokens.attention_mask
+    assert torch.allclose(through(tokens, layout)[real], by_rows(tokens)[real])
+    assert torch.equal(layout.ids.flatten()[layout.place][real], tokens.ids[real])
+
+
+def test_sharing_runs_the_prompt_once() -> None:
+    tokens = make_tokens(PAIR)
+    shared = lay_out(tokens, share=True, capacity=100)
+    # 3 + 2 + 1 tokens for the first pair and 1 + 3 + 1 for the second.
+    assert int((shared.group != PADDING_GROUP).sum()) == 11
+    assert int((lay_out(tokens, share=False).group != PADDING_GROUP).sum()) == 15
+
+
+def test_hand_layout_of_a_pair() -> None:
+    layout = lay_out(make_tokens(PAIR[:2]), share=True)
+    assert layout.ids.tolist() == [[5, 6, 7, 1, 2, 3]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert layout.mask()[0, 0, 5].tolist() == [True, True, True, False, False, True]
+
+
+def test_prompts_that_differ_are_not_shared() -> None:
+    tokens = make_tokens([([5, 6], [1]), ([5, 7], [1]), ([5], [6, 1])])
+    assert [group.shared for group in find_groups(tokens, share=True)] == [0, 0, 0]
+
+
+def test_rows_that_are_not_neighbours_are_not_shared() -> None:
+    tokens = make_tokens([([5], [1]), ([6], [1]), ([5], [2])])
+    assert [len(group.columns) for group in find_groups(tokens, share=True)] == [1, 1, 1]
+
+
+def test_bins_hold_everything_once_within_capacity() -> None:
+    bins = fill_bins([5, 9, 3, 4, 2], capacity=10)
+    assert sorted(item for members in bins for item in members) == [0, 1, 2, 3, 4]
+    assert all(sum([5, 9, 3, 4, 2][item] for item in members) <= 10 for members in bins)
+    assert len(bins) == 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 3), min_size=1, max_size=4),
+            st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.booleans(),
+    st.integers(0, 40),
+)
+def test_any_rows_any_layout(items: list[tuple[list[int], list[list[int]]]], share: bool, capacity: int) -> None:
+    tokens = make_tokens([(prompt, answer) for prompt, answers in items for answer in answers])
+    layout = lay_out(tokens, share=share, capacity=capacity)
+    real = tokens.attention_mask
+    assert torch.allclose(through(tokens, layout)[real], by_rows(tokens)[real])

@@ -1,0 +1,182 @@
+"""Every method learns something small in seconds, on the built-in tiny model."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from trimtab.batches import Referenced, move
+from trimtab.builtin import tiny_policy
+from trimtab.learner import Learner, make_optimizer, make_schedule
+from trimtab.losses.arguments import combine
+from trimtab.losses.preference import ALL_LOSSES, REFERENCE_FREE
+from trimtab.losses.reward import RANKING_LOSSES, REWARD_LOSSES
+from trimtab.losses.unpaired import UNPAIRED_LOSSES
+from trimtab.models import Policy, load_scalar
+from trimtab.objectives import (
+    DemonstrationObjective,
+    FeedbackObjective,
+    PreferenceObjective,
+    RankingObjective,
+    RewardObjective,
+)
+from trimtab.records import Demonstration, Feedback, Preference, Prompt, Ranking
+from trimtab.sampling import sample
+from trimtab.tokens import (
+    demonstration_batch,
+    encode,
+    encode_feedback,
+    feedback_batch,
+    pad,
+    pair_batch,
+    ranking_batch,
+)
+
+ARMS = "abcd"
+PULL = Prompt.from_user("Pull one: a, b, c or d?")
+
+
+def make_learner(model: Any, objective: Any, *, lr: float) -> Learner:
+    optimizer = make_optimizer(model.trainable_parameters(), lr=lr, weight_decay=0.0)
+    schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
+    return Learner(model, objective, optimizer, schedule, micro_batch_rows=64)
+
+
+def arm_probabilities(policy: Policy) -> dict[str, float]:
+    """The policy's probabilities of answering with one arm and nothing else."""
+    items, _ = encode(policy.tokenizer, [Demonstration(PULL, arm) for arm in ARMS], max_length=200)
+    with torch.no_grad():
+        logprobs = policy.logprobs(pad([item.rows[0] for item in items], policy.pad_id)).sum(-1)
+    return dict(zip(ARMS, logprobs.exp().tolist(), strict=True))
+
+
+def knows_the_arms(policy: Policy) -> Policy:
+    """The tiny model after it learned to answer with any of the arms: the reference of the bandit."""
+    items, _ = encode(policy.tokenizer, [Demonstration(PULL, arm) for arm in ARMS], max_length=200)
+    learner = make_learner(policy, DemonstrationObjective(), lr=3e-3)
+    for _ in range(60):
+        learner.step(demonstration_batch(items, policy.pad_id))
+    assert sum(arm_probabilities(policy).values()) > 0.9
+    return policy
+
+
+@pytest.fixture(scope="module")
+def bandit_weights() -> dict[str, torch.Tensor]:
+    return knows_the_arms(tiny_policy(seed=0)).model.state_dict()
+
+
+@pytest.fixture
+def bandit(bandit_weights: dict[str, torch.Tensor]) -> Policy:
+    policy = tiny_policy(seed=0)
+    policy.model.load_state_dict(bandit_weights)
+    return policy
+
+
+def referenced(policy: Policy, batch: Any) -> Referenced:
+    with torch.no_grad():
+        return Referenced(batch, policy.logprobs(move(batch.tokens, policy.device)))
+
+
+# Arm a is worth 3, b 2, c 1, d 0: the better arm is always the preferred one.
+ARM_PAIRS = [Preference(PULL, better, worse) for better, worse in itertools.combinations(ARMS, 2)]
+
+
+# DiscoPOP with its published tau is uphill where policy and reference agree (docs/methods/preference_losses.md).
+ARGUMENTS = {"discopop": ["tau=1"]}
+
+
+@pytest.mark.parametrize("loss", sorted(ALL_LOSSES))
+def test_preference_losses_solve_a_bandit(loss: str, bandit: Policy) -> None:
+    items, _ = encode(bandit.tokenizer, ARM_PAIRS, max_length=200)
+    batch = referenced(bandit, pair_batch(items, bandit.pad_id))
+    before = arm_probabilities(bandit)
+    learner = make_learner(bandit, PreferenceObjective(combine(ALL_LOSSES, loss, ARGUMENTS.get(loss, []))), lr=1e-3)
+    for _ in range(40):
+        figures = learner.step(batch)
+    after = arm_probabilities(bandit)
+    assert figures["accuracy"] == 1.0
+    assert after["a"] / after["d"] > 3 * before["a"] / before["d"]
+    if loss not in REFERENCE_FREE:
+        assert math.isfinite(figures["margin"]) and figures["margin"] > 0
+
+
+@pytest.mark.parametrize("loss", sorted(UNPAIRED_LOSSES))
+def test_unpaired_losses_solve_a_bandit(loss: str, bandit: Policy) -> None:
+    records = [Feedback(PULL, arm, arm in "ab") for arm in ARMS for _ in range(2)]
+    items, _ = encode_feedback(bandit.tokenizer, records, seed=0, max_length=200)
+    batch = referenced(bandit, feedback_batch(items, bandit.pad_id))
+    learner = make_learner(bandit, FeedbackObjective(combine(UNPAIRED_LOSSES, loss, ["beta=0.1"])), lr=1e-3)
+    for _ in range(40):
+        learner.step(batch)
+    after = arm_probabilities(bandit)
+    assert after["a"] + after["b"] > 0.9
+
+
+def letters(count: int, seed: int) -> list[tuple[str, int]]:
+    """Random words of x and o with their number of x: a planted reward."""
+    draws = random.Random(seed)
+    words = ["".join(draws.choice("xo") for _ in range(6)) for _ in range(count)]
+    return [(word, word.count("x")) for word in words]
+
+
+def planted_pairs(count: int, seed: int) -> list[Preference]:
+    words = letters(4 * count, seed)
+    found = [(max(two, key=lambda w: w[1]), min(two, key=lambda w: w[1])) for two in itertools.pairwise(words)]
+    return [Preference(PULL, good[0], bad[0]) for good, bad in found if good[1] > bad[1]][:count]
+
+
+def planted_rankings(count: int, seed: int) -> list[Ranking]:
+    rankings = []
+    for i in range(count):
+        words = {worth: word for word, worth in letters(5, seed + i)}
+        ordered = tuple(words[worth] for worth in sorted(words, reverse=True))
+        if len(ordered) > 1:
+            rankings.append(Ranking(PULL, ordered))
+    return rankings
+
+
+def accuracy_on(model: Any, pairs: Sequence[Preference]) -> float:
+    items, _ = encode(model.tokenizer, pairs, max_length=200)
+    with torch.no_grad():
+        scores = model.scores(pair_batch(items, model.pad_id).tokens)
+    chosen, rejected = scores.view(-1, 2).unbind(-1)
+    return (chosen > rejected).float().mean().item()
+
+
+def train_reward(objective: Any, records: Sequence[Any], collate: Callable[..., Any]) -> Any:
+    model = load_scalar("tiny", new_head=True, seed=0, dtype="float32", device="cpu")
+    items, _ = encode(model.tokenizer, records, max_length=200)
+    learner = make_learner(model, objective, lr=2e-3)
+    for start in range(0, 25 * 16, 16):
+        chosen = [items[i % len(items)] for i in range(start, start + 16)]
+        learner.step(collate(chosen, model.pad_id))
+    return model
+
+
+@pytest.mark.parametrize("loss", sorted(REWARD_LOSSES))
+def test_a_reward_model_learns_a_planted_preference(loss: str) -> None:
+    model = train_reward(RewardObjective(combine(REWARD_LOSSES, loss)), planted_pairs(200, seed=1), pair_batch)
+    assert accuracy_on(model, planted_pairs(100, seed=2)) > 0.85
+
+
+@pytest.mark.parametrize("loss", sorted(RANKING_LOSSES))
+def test_a_reward_model_learns_from_rankings(loss: str) -> None:
+    model = train_reward(RankingObjective(combine(RANKING_LOSSES, loss)), planted_rankings(100, seed=1), ranking_batch)
+    assert accuracy_on(model, planted_pairs(100, seed=2)) > 0.8
+
+
+def test_sft_repeats_three_sentences_and_stops() -> None:
+    policy = tiny_policy(seed=0)
+    wanted = {"one?": "The sea is calm.", "two?": "A gull cries.", "three?": "We turn for home."}
+    records = [Demonstration(Prompt.from_user(question), answer) for question, answer in wanted.items()]
+    items, _ = encode(policy.tokenizer, records, max_length=200)
+    learner = make_learner(policy, DemonstrationObjective(), lr=5e-3)
+    for _ in range(150):
+        learner.step(demonstration_batch(items, policy.pad_id))
+    samples = sample(policy, [record.prompt for record in records], 1, max_new_tokens=40, temperature=0.0)
+    assert samples.texts == list(wanted.values())
+    assert bool(samples.finished.all())

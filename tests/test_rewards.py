@@ -1,0 +1,189 @@
+"""Rewards: rules, somebody's functions, models; and what --reward may say."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from trimtab import rewards
+from trimtab.batches import Tokens
+from trimtab.builtin import tiny_policy
+from trimtab.models import Policy
+from trimtab.records import Prompt
+from trimtab.rewards import RULES, ImplicitReward, ModelReward, RuleReward, checked, implicit_source, parse_reward
+from trimtab.tokens import encode_answer, pad
+
+TEXT = Prompt.from_text("A review: ", columns={"target": 3}, source="rows.jsonl:2")
+CHAT = Prompt.from_user("Say something.", answer="yes", columns={"target": 4})
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny_policy(dtype="float32", device="cpu")
+
+
+@dataclass
+class CharacterModel:
+    """Stands in for a reward model: scores a row by the mean of its real ids."""
+
+    tokenizer: Any
+    pad_id: int
+    device: torch.device
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        real = tokens.attention_mask.float()
+        return (tokens.ids * real).sum(-1) / real.sum(-1)
+
+
+def character_model(policy: Policy) -> CharacterModel:
+    return CharacterModel(policy.tokenizer, policy.pad_id, policy.device)
+
+
+def function_module(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    module = ModuleType("somebodys_rewards")
+    module.__spec__ = None
+    for name, function in functions.items():
+        setattr(module, name, function)
+    monkeypatch.setitem(sys.modules, "somebodys_rewards", module)
+    monkeypatch.setattr(rewards, "module_exists", lambda name: name == "somebodys_rewards")
+
+
+def test_rules_hand_values() -> None:
+    assert parse_reward("length")([TEXT, CHAT], ["four", ""]) == [4.0, 0.0]
+    # VADER: "good" has valence 1.9, and the compound score is s / sqrt(s^2 + 15).
+    assert parse_reward("sentiment")([TEXT], ["good"])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
+    good, plain, bad = parse_reward("sentiment")([TEXT] * 3, ["I love it!", "It is a chair.", "I hate it."])
+    assert good > plain == 0 > bad
+    assert all(parse_reward(name).name == name for name in RULES)
+
+
+def test_function_gets_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def asks(prompts: list[Any], completions: list[Any], target: list[int], weight: float = 2.0) -> list[float]:
+        seen.update(prompts=prompts, completions=completions)
+        return [weight * value for value in target]
+
+    function_module(monkeypatch, asks=asks, takes_all=lambda **columns: seen.update(columns) or [0, 0])
+    assert parse_reward("py:somebodys_rewards:asks")([TEXT, CHAT], ["a", "b"]) == [6.0, 8.0]
+    assert seen["prompts"] == ["A review: ", [{"role": "user", "content": "Say something."}]]
+    assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]]
+    parse_reward("py:somebodys_rewards:takes_all")([TEXT, CHAT], ["a", "b"])
+    assert seen["answer"] == [None, "yes"] and seen["target"] == [3, 4]
+
+
+def test_function_that_needs_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    function_module(monkeypatch, solution=lambda completions, solution: [0.0])
+    with pytest.raises(ValueError, match="needs solution; the data has answer, completions, prompts, target"):
+        parse_reward("py:somebodys_rewards:solution")([TEXT], ["a"])
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "1.0", [1.0]])
+def test_what_is_no_finite_number_is_named_with_prompt_and_answer(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"(?s)mine returned .*'some answer'.*'A review: '.*rows\.jsonl:2"):
+        checked("mine", [TEXT], ["some answer"], [value])
+
+
+def test_number_of_values_is_checked() -> None:
+    with pytest.raises(ValueError, match="1 values for 2 answers"):
+        checked("mine", [TEXT, TEXT], ["a", "b"], [1.0])
+
+
+def test_numbers_of_arrays_are_numbers() -> None:
+    assert checked("mine", [TEXT] * 3, ["a"] * 3, torch.tensor([1.0, 2.0, 3.0])) == [1.0, 2.0, 3.0]
+
+
+def test_model_reward_keeps_order_and_ignores_batches(policy: Policy) -> None:
+    model = character_model(policy)
+    answers = ["a much longer answer than the others", "b", "", "medium one", "b"]
+    scored = [ModelReward("m", model, batch_rows=rows)([TEXT] * 5, answers) for rows in (1, 2, 5)]  # type: ignore[arg-type]
+    expected = [
+        float(model.scores(pad([encode_answer(policy.tokenizer, TEXT, answer)], policy.pad_id))[0])
+        for answer in answers
+    ]
+    for values in scored:
+        assert values == pytest.approx(expected, abs=1e-5)
+
+
+def test_overlong_answers_are_an_error_or_lose_their_prompt_but_are_never_left_out(policy: Policy) -> None:
+    model: Any = character_model(policy)
+    with pytest.raises(ValueError, match="--max-length"):
+        ModelReward("m", model, max_length=8)([TEXT], ["an answer of many tokens"])
+    with pytest.raises(ValueError, match="every answer"):
+        ModelReward("m", model, max_length=8, overlong="drop")([TEXT], ["short"])
+    answer = encode_answer(policy.tokenizer, TEXT, "yes")
+    cut = ModelReward("m", model, max_length=len(answer.ids) - 2, overlong="truncate-prompt-left")([TEXT], ["yes"])
+    assert len(cut) == 1 and cut[0] != model.scores(pad([answer], policy.pad_id)).item()
+
+
+def test_implicit_reward_is_beta_times_the_log_ratio(policy: Policy) -> None:
+    other = tiny_policy(dtype="float32", device="cpu")
+    assert ImplicitReward("i", policy, other, beta=0.5)([TEXT, CHAT], ["a", "b"]) == pytest.approx([0, 0], abs=1e-6)
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.mul_(1.1)
+    [value] = ImplicitReward("i", policy, other, beta=0.5)([TEXT], ["some words"])
+    tokens = pad([encode_answer(policy.tokenizer, TEXT, "some words")], policy.pad_id)
+    ratio = policy.logprobs(tokens).sum() - other.logprobs(tokens).sum()
+    assert value == pytest.approx(0.5 * float(ratio.detach()), abs=1e-5) and value != 0
+
+
+def written_run(folder: Path, **config: Any) -> str:
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return str(folder)
+
+
+def test_implicit_reward_reads_the_run(tmp_path: Path) -> None:
+    run = written_run(tmp_path, command="dpo", model="start", loss="ipo", loss_args=["tau=0.3"])
+    source = implicit_source(f"implicit:{run}")
+    assert (source.policy, source.reference, source.beta) == (run, "start", 0.3)
+    assert implicit_source(f"implicit:{run},beta=2,reference=other").reference == "other"
+    assert implicit_source(f"implicit:{run},beta=2").beta == 2
+    written_run(tmp_path, command="dpo", model="start", loss="dpo", loss_args=[], ref_model="another")
+    assert (implicit_source(f"implicit:{run}").beta, implicit_source(f"implicit:{run}").reference) == (0.1, "another")
+
+
+def test_implicit_reward_without_what_it_needs(tmp_path: Path) -> None:
+    run = written_run(tmp_path, command="sft", model="start")
+    with pytest.raises(ValueError, match="beta=1"):
+        implicit_source(f"implicit:{run}")
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ValueError, match="reference=MODEL"):
+        implicit_source(f"implicit:{run}")
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        implicit_source(f"implicit:{run}/missing")
+    with pytest.raises(ValueError, match="positive number"):
+        implicit_source(f"implicit:{run},reference=a,beta=-1")
+    with pytest.raises(ValueError, match="of the form"):
+        implicit_source(f"implicit:{run},gamma=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("sentimnt", ValueError, "Did you mean sentiment"),
+        ("", ValueError, "no reward was given"),
+        ("./missing", FileNotFoundError, "no folder ./missing"),
+        ("py:json", ValueError, "of the form py:package.module:function"),
+        ("py:no_such_module_here:f", ValueError, "no module no_such_module_here"),
+        ("py:no_such_package_here.module:f", ValueError, "no module no_such_package_here"),
+        ("py:json:no_such_function", ValueError, "no function no_such_function"),
+        ("implcit:run", ValueError, "Did you mean implicit"),
+    ],
+)
+def test_unknown_rewards_say_what_is_allowed(text: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_reward(text)
+
+
+def test_rule_reward_is_a_reward_for_any_rule() -> None:
+    reward = RuleReward("exclamations", lambda prompt, response: response.count("!"))
+    assert reward([TEXT] * 2, ["wow!!", "no"]) == [2.0, 0.0]

@@ -1,0 +1,1 @@
+"""Small worlds in which every answer can be listed, so that optimum, divergence and gradient are known exactly."""

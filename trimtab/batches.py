@@ -1,0 +1,292 @@
+"""The nouns of the tensor world: means, padded rows, and the batches that objectives read.
+
+Shape glossary: `B` rows (sequences), `T` tokens, `P` items (prompts, pairs, rankings), `V` vocabulary.
+
+- Index `t` of every per-token tensor `[B, T]` is about token `t`; the next-token shift happens in one function only
+  (`trimtab.models`).
+- Related rows are neighbours: the rows of a pair are chosen, rejected, chosen, rejected, ...
+- The items of a batch are what `--batch-size` counts; `select` takes items, never rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PerToken = Float[Tensor, "B T"]
+PerSequence = Float[Tensor, " B"]
+PerPair = Float[Tensor, " P"]
+Ids = Int[Tensor, "B T"]
+Mask = Bool[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that is not divided yet: micro-batches and ranks add, and only the end divides."""
+
+    total: Tensor
+    count: Tensor
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def __mul__(self, factor: float) -> Mean:
+        return Mean(self.total * factor, self.count)
+
+    def detach(self) -> Mean:
+        """The same numbers without their graph."""
+        return Mean(self.total.detach(), self.count.detach())
+
+    def item(self) -> float:
+        """The mean as a Python number; NaN when nothing was counted."""
+        count = float(self.count)
+        return float(self.total) / count if count else float("nan")
+
+    @classmethod
+    def of(cls, values: Tensor, weights: Tensor | None = None) -> Mean:
+        """The mean of `values`, each counted `weights` times (once by default; a mask will do)."""
+        if weights is None:
+            return cls(values.sum(), torch.tensor(float(values.numel()), device=values.device))
+        # where() rather than a product: a masked-out value may be infinite, and 0 * inf is not a number.
+        weights = weights.to(values.dtype)
+        return cls(torch.where(weights != 0, values * weights, 0).sum(), weights.sum())
+
+
+def move(batch: Any, device: torch.device | str) -> Any:
+    """The same batch with every tensor on `device`."""
+    changes = {}
+    for entry in fields(batch):
+        value = getattr(batch, entry.name)
+        if isinstance(value, Tensor):
+            changes[entry.name] = value.to(device)
+        elif is_dataclass(value):
+            changes[entry.name] = move(value, device)
+    return replace(batch, **changes)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Padded rows of token ids.
+
+    `attention_mask` marks real tokens; `response_mask` marks the tokens that the policy wrote or is to imitate, the
+    closing end-of-sequence token included, never `t = 0`. Both come from lengths, never from comparing ids.
+    """
+
+    ids: Ids
+    attention_mask: Mask
+    response_mask: Mask
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def response_lengths(self) -> PerSequence:
+        """Tokens that carry loss, per row, as floats."""
+        return self.response_mask.sum(-1).float()
+
+    def used_columns(self, rows: Tensor) -> slice:
+        """The columns that are not padding in all of these rows."""
+        used = self.attention_mask[rows].any(0).nonzero()
+        return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+
+    def select(self, rows: Tensor) -> Tokens:
+        """Some rows, without the columns that are padding in all of them."""
+        columns = self.used_columns(rows)
+        return Tokens(
+            self.ids[rows][:, columns], self.attention_mask[rows][:, columns], self.response_mask[rows][:, columns]
+        )
+
+
+class Batch(Protocol):
+    """What a batch can do: count its items and hand out some of them."""
+
+    @property
+    def tokens(self) -> Tokens: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def item_rows(self) -> Tensor:
+        """How many rows of `tokens` each item has, `[P]`. Rows of an item are neighbours."""
+        ...
+
+    def select(self, items: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class DemonstrationBatch:
+    """Answers to imitate: one row an item."""
+
+    tokens: Tokens
+    weights: PerSequence
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    def item_rows(self) -> Tensor:
+        return torch.ones(self.size, dtype=torch.long)
+
+    def select(self, items: Tensor) -> DemonstrationBatch:
+        return DemonstrationBatch(self.tokens.select(items), self.weights[items])
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs: rows chosen, rejected, chosen, rejected, ...; everything else is per pair, `[P]`.
+
+    `confidence` is the probability that chosen is the better one (0.5 is a tie).
+    """
+
+    tokens: Tokens
+    weights: PerPair
+    confidence: PerPair
+    margin: PerPair
+
+    @property
+    def size(self) -> int:
+        return len(self.weights)
+
+    def item_rows(self) -> Tensor:
+        return torch.full((self.size,), 2)
+
+    def select(self, items: Tensor) -> PairBatch:
+        return PairBatch(
+            self.tokens.select(rows_of(items, self.item_rows())),
+            self.weights[items],
+            self.confidence[items],
+            self.margin[items],
+        )
+
+
+@dataclass(frozen=True)
+class RankingBatch:
+    """Rankings: the `sizes[i]` rows of ranking `i` are neighbours, best first."""
+
+    tokens: Tokens
+    sizes: Int[Tensor, " P"]
+    weights: PerPair
+
+    @property
+    def size(self) -> int:
+        return len(self.sizes)
+
+    def item_rows(self) -> Tensor:
+        return self.sizes
+
+    def select(self, items: Tensor) -> RankingBatch:
+        rows = rows_of(items, self.sizes)
+        return RankingBatch(self.tokens.select(rows), self.sizes[items], self.weights[items])
+
+
+@dataclass(frozen=True)
+class FeedbackBatch:
+    """Unpaired feedback: rows are answer, mismatched answer, answer, mismatched answer, ...
+
+    A mismatched row is another row's answer after this row's prompt; KTO estimates its KL term on them.
+    """
+
+    tokens: Tokens
+    desirable: Bool[Tensor, " P"]
+    weights: PerPair
+
+    @property
+    def size(self) -> int:
+        return len(self.weights)
+
+    def item_rows(self) -> Tensor:
+        return torch.full((self.size,), 2)
+
+    def select(self, items: Tensor) -> FeedbackBatch:
+        rows = rows_of(items, self.item_rows())
+        return FeedbackBatch(self.tokens.select(rows), self.desirable[items], self.weights[items])
+
+
+B = TypeVar("B", DemonstrationBatch, PairBatch, RankingBatch, FeedbackBatch)
+
+
+@dataclass(frozen=True)
+class Referenced(Generic[B]):
+    """A batch with the reference's log-probabilities, one per token of its rows, zero outside the responses."""
+
+    batch: B
+    logprobs: PerToken
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.batch.tokens
+
+    @property
+    def size(self) -> int:
+        return self.batch.size
+
+    def item_rows(self) -> Tensor:
+        return self.batch.item_rows()
+
+    def select(self, items: Tensor) -> Referenced[B]:
+        rows = rows_of(items, self.item_rows())
+        return Referenced(self.batch.select(items), self.logprobs[rows][:, self.tokens.used_columns(rows)])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the preference losses read: summed log-probabilities (nats per answer) and lengths (tokens), all `[P]`."""
+
+    chosen: PerPair
+    rejected: PerPair
+    ref_chosen: PerPair
+    ref_rejected: PerPair
+    chosen_length: PerPair
+    rejected_length: PerPair
+
+    @property
+    def margin(self) -> PerPair:
+        """The difference of the log-ratios to the reference, chosen minus rejected, in nats."""
+        return (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+
+
+def rows_of(items: Tensor, item_rows: Tensor) -> Tensor:
+    """The rows of some items, in the order of the items, where item `i` owns `item_rows[i]` neighbouring rows."""
+    ends = item_rows.cumsum(0)
+    return torch.cat(
+        [torch.arange(int(ends[i] - item_rows[i]), int(ends[i]), device=items.device) for i in items.tolist()]
+        or [items.new_zeros(0)]
+    )
+
+
+def split(batch: Any, max_rows: int) -> Iterator[Any]:
+    """Consecutive micro-batches of at most `max_rows` rows each; an item is never torn apart.
+
+    An item with more rows than `max_rows` is a micro-batch of its own.
+    """
+    start, rows = 0, 0
+    for i, count in enumerate(batch.item_rows().tolist()):
+        if rows and rows + count > max_rows:
+            yield batch.select(torch.arange(start, i))
+            start, rows = i, 0
+        rows += count
+    yield batch.select(torch.arange(start, batch.size))
+
+
+def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of the items in an epoch: a function of (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def batch_indices(size: int, batch_size: int, *, seed: int, steps: int) -> Iterator[list[int]]:
+    """The items of each step: epoch after epoch, each in its own order; an epoch's last batch may be smaller."""
+    step, epoch = 0, 0
+    while step < steps:
+        order = epoch_order(size, seed=seed, epoch=epoch)
+        for start in range(0, size, batch_size):
+            if step == steps:
+                return
+            yield order[start : start + batch_size]
+            step += 1
+        epoch += 1

@@ -1,0 +1,188 @@
+"""The command line: finds the recipe of a command, reads its flags, and tells people about their mistakes.
+
+Nothing heavy is imported here; a recipe imports torch when it runs, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trimtab import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives: `module` has a config class and a function that takes it."""
+
+    module: str
+    config: str
+    function: str
+    about: str
+
+
+COMMANDS = {
+    "quickstart": Command("quickstart", "Quickstart", "quickstart", "the whole chain on a real model, with a report"),
+    "sft": Command("sft", "Sft", "sft", "instruction tuning: imitate demonstrations"),
+    "reward": Command("reward", "Reward", "reward", "train a reward model on preferences (Bradley-Terry)"),
+    "dpo": Command("dpo", "Dpo", "dpo", "train a policy on preference pairs: DPO and its family"),
+    "kto": Command("kto", "Kto", "kto", "train a policy on unpaired feedback: KTO, BCO"),
+    "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
+    "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
+    "score": Command("score", "Score", "score", "add a reward to every row of a file"),
+    "evaluate reward": Command(
+        "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs"
+    ),
+    "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
+    "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
+    "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),
+}
+
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if given[0] == "--version":
+        print(f"trimtab {__version__}")
+        return 0
+    try:
+        return run_command(given)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("TRIMTAB_DEBUG"):
+            raise
+        print(f"trimtab: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("trimtab: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_command(given: Sequence[str]) -> int:
+    """Find the command, read its flags, run it."""
+    name, rest = split_command(given)
+    command = COMMANDS[name]
+    recipe = import_module(f"trimtab.recipes.{command.module}")
+    config = read_config(getattr(recipe, command.config), rest, prog=f"trimtab {name}", about=command.about)
+    getattr(recipe, command.function)(config)
+    return 0
+
+
+def split_command(given: Sequence[str]) -> tuple[str, list[str]]:
+    """The name of the command, one word or two, and what follows it."""
+    for words in (2, 1):
+        name = " ".join(given[:words])
+        if name in COMMANDS:
+            return name, list(given[words:])
+    from difflib import get_close_matches
+
+    wanted = " ".join(word for word in given[:2] if not word.startswith("-"))
+    inner = [name for name in COMMANDS if name.startswith(given[0] + " ")]
+    near = inner or get_close_matches(wanted, COMMANDS, n=2) or get_close_matches(given[0], COMMANDS, n=2)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"there is no command {wanted!r}.{hint} `trimtab --help` lists them all.")
+
+
+def read_config(config: type, arguments: Sequence[str], *, prog: str, about: str) -> Any:
+    """A recipe's config from the command line, after the flags that `--config FILE` stands for."""
+    import tyro
+
+    description = f"{about[0].upper()}{about[1:]}.\n\n{(config.__doc__ or '').strip()}"
+    flags = expand_config(config, arguments)
+    return tyro.cli(config, args=flags, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def expand_config(config: type, arguments: Sequence[str]) -> list[str]:
+    """`--config FILE` written out as flags, in front of the others so that those win."""
+    rest: list[str] = []
+    flags: list[str] = []
+    given = iter(arguments)
+    for argument in given:
+        if argument == "--config" or argument.startswith("--config="):
+            path = argument.partition("=")[2] or next(given, None)
+            if path is None:
+                raise ValueError("--config needs a file, such as RUN/config.yaml.")
+            flags += flags_of_file(config, Path(path))
+        else:
+            rest.append(argument)
+    overridden = {word.partition("=")[0].replace("_", "-").removeprefix("--no-") for word in rest if word[:2] == "--"}
+    overridden = {word.removeprefix("--") for word in overridden}
+    return [flag for name, words in pairs_of(flags) if name not in overridden for flag in words] + rest
+
+
+def pairs_of(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Flags with the values that follow them."""
+    grouped: list[tuple[str, list[str]]] = []
+    for word in flags:
+        if word.startswith("--"):
+            grouped.append((word.removeprefix("--").removeprefix("no-"), [word]))
+        else:
+            grouped[-1][1].append(word)
+    return grouped
+
+
+def flags_of_file(config: type, path: Path) -> list[str]:
+    """The flags that a `config.yaml` stands for. Raises ValueError for keys that the command does not have."""
+    import yaml
+
+    if path.is_dir():
+        path = path / "config.yaml"
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--config {path}: there is no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path} is not readable as YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected `flag: value` lines, found {type(loaded).__name__}.")
+    known = field_names(config)
+    unknown = sorted(str(key) for key in loaded if key not in known and key != "command")
+    if unknown:
+        raise ValueError(f"--config {path} has unknown keys {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    return [word for key, value in loaded.items() if key != "command" for word in flag_words(str(key), value)]
+
+
+def field_names(config: type) -> set[str]:
+    """The names of all flags of a composed config."""
+    from dataclasses import fields, is_dataclass
+    from typing import get_type_hints
+
+    hints = get_type_hints(config)
+    names: set[str] = set()
+    for entry in fields(config):
+        kind = hints[entry.name]
+        names |= field_names(kind) if isinstance(kind, type) and is_dataclass(kind) else {entry.name}
+    return names
+
+
+def flag_words(key: str, value: Any) -> list[str]:
+    """One key of a config file as words of a command line; null is the flag's absence."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [flag, *map(str, value)] if value else []
+    return [flag, str(value)]
+
+
+def overview() -> str:
+    """What `trimtab --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items())
+    return (
+        "trimtab: align a language model with human preferences, and know whether it worked.\n\n"
+        f"usage: trimtab COMMAND [flags]\n\n{lines}\n\n"
+        "`trimtab COMMAND --help` explains a command's flags. Start with `trimtab quickstart`.\n"
+        "RUN/config.yaml repeats a run: `trimtab COMMAND --config RUN/config.yaml --out OTHER`."
+    )

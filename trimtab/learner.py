@@ -1,0 +1,179 @@
+"""One optimizer step: the only `backward()` of the project.
+
+A batch is cut into micro-batches, gradients of *sums* add up, and one division by the whole batch's count ends the
+step. So the gradient does not depend on how the batch was cut. A loss that looks across the batch gets there in two
+passes (gradient caching, Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"):
+the outputs of all rows without a graph, the loss and its gradient with respect to those outputs, then each micro-batch
+again with that gradient at its outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.batches import Batch, Mean, move, split
+from trimtab.objectives import Metrics, Objective
+
+Part = tuple[Tensor, tuple[Mean, Metrics] | None]
+"""A scalar to run backward from, and the figures that came with it."""
+
+
+@dataclass
+class Learner:
+    """A model, what it minimizes and how: `step` changes the weights, `evaluate` only looks.
+
+    `micro_batch_rows` bounds the rows of one forward pass; `max_grad_norm` clips the global gradient norm (0: no clip).
+    """
+
+    model: Any
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    micro_batch_rows: int
+    max_grad_norm: float = 1.0
+    parameters: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on `batch`; returns its figures, means over the whole batch.
+
+        Raises FloatingPointError before the weights change if the loss or its gradient is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = self._accumulate(batch)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(loss.count)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        _check_finite(loss=loss.item(), grad_norm=grad_norm.item())
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        return {
+            "loss": loss.item(),
+            **{name: mean.item() for name, mean in metrics.items()},
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+        }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[Mean, Metrics]:
+        """Loss and metrics over some batches, the weights as they are."""
+        total: tuple[Mean, Metrics] | None = None
+        for batch in batches:
+            micro_batches = self._micro_batches(batch)
+            outputs = [self.objective.outputs(self.model, micro) for micro in micro_batches]
+            if self.objective.across:
+                outputs, micro_batches = [join(outputs)], [move(batch, self.model.device)]
+            for output, micro in zip(outputs, micro_batches, strict=True):
+                total = _add(total, self.objective.loss(output, micro))
+        assert total is not None, "nothing to evaluate"
+        return total
+
+    def _micro_batches(self, batch: Batch) -> list[Any]:
+        return [move(micro, self.model.device) for micro in split(batch, self.micro_batch_rows)]
+
+    def _accumulate(self, batch: Batch) -> tuple[Mean, Metrics]:
+        """Add the gradient of the summed loss to the parameters."""
+        micro_batches = self._micro_batches(batch)
+        in_two_passes = self.objective.across and len(micro_batches) > 1
+        parts = self._across(batch, micro_batches) if in_two_passes else self._one_by_one(micro_batches)
+        result: tuple[Mean, Metrics] | None = None
+        for total, figures in parts:
+            total.backward()
+            result = _add(result, figures)
+        assert result is not None, "an empty batch has no gradient"
+        return result
+
+    def _one_by_one(self, micro_batches: Sequence[Any]) -> Iterator[Part]:
+        for micro in micro_batches:
+            loss, metrics = self.objective.loss(self.objective.outputs(self.model, micro), micro)
+            yield loss.total, (loss.detach(), {name: mean.detach() for name, mean in metrics.items()})
+
+    def _across(self, batch: Batch, micro_batches: Sequence[Any]) -> Iterator[Part]:
+        whole = move(batch, self.model.device)
+        with torch.no_grad():
+            cached = [self.objective.outputs(self.model, micro) for micro in micro_batches]
+        joined = join(cached)
+        leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in tensors_of(joined)]
+        loss, metrics = self.objective.loss(joined, whole)
+        gradients = gradients_of(loss.total, leaves)
+        figures = (loss.detach(), {name: mean.detach() for name, mean in metrics.items()})
+        start = [0] * len(leaves)
+        for i, micro in enumerate(micro_batches):
+            surrogate = torch.zeros((), device=self.model.device)
+            for k, output in enumerate(tensors_of(self.objective.outputs(self.model, micro))):
+                gradient = gradients[k]
+                if gradient is not None and output.requires_grad:
+                    surrogate = surrogate + (output * gradient[start[k] : start[k] + len(output)]).sum()
+                start[k] += len(output)
+            yield surrogate, figures if i == 0 else None
+
+
+def gradients_of(total: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of `total` with respect to each leaf; None for those that have none."""
+    floating = [leaf for leaf in leaves if leaf.requires_grad]
+    found = iter(torch.autograd.grad(total, floating, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of a (nested) dataclass, in the order of its fields."""
+    found: list[Tensor] = []
+    for entry in fields(outputs):
+        value = getattr(outputs, entry.name)
+        found += tensors_of(value) if is_dataclass(value) else [value]
+    return found
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """The outputs of consecutive micro-batches, one number a row or an item, as the outputs of the whole batch."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    return type(first)(**{e.name: join([getattr(part, e.name) for part in parts]) for e in fields(first)})
+
+
+def _add(left: tuple[Mean, Metrics] | None, right: tuple[Mean, Metrics] | None) -> tuple[Mean, Metrics] | None:
+    if left is None or right is None:
+        return left or right
+    return left[0] + right[0], {name: mean + right[1][name] for name, mean in left[1].items()}
+
+
+def _check_finite(**figures: float) -> None:
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value}: the weights were not changed by this step. "
+                "Try a smaller --lr, --max-grad-norm 1, or --dtype float32."
+            )
+
+
+def make_optimizer(parameters: Sequence[Tensor], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW; weight decay leaves one-dimensional parameters (norms, biases) alone."""
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, *, kind: str, warmup_steps: int, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then `constant`, `linear` (to 0 at `steps`) or `cosine` (to 0 at `steps`)."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, steps - warmup_steps)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[kind]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

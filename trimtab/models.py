@@ -1,0 +1,477 @@
+"""Policies and reward models: load, score, save.
+
+`Policy.logprobs` is the one place where log-probabilities are made. Log-probabilities and scores are float32, whatever
+the body computes in, and depend on a row's own tokens only: neighbours and the side and amount of padding do not
+matter.
+
+Dropout is off for good: models stay in eval mode, and nothing else in them depends on the mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimtab.batches import PerSequence, PerToken, Tokens, move
+from trimtab.bodies import LanguageModel, at_responses, probe_tokens, run_body
+from trimtab.precision import Precision, choose_device, choose_dtype
+from trimtab.projection import (
+    CHUNK_ROWS,
+    States,
+    TokenStatistics,
+    log_distributions,
+)
+from trimtab.tokens import pad_id
+from trimtab.weights import (
+    Source,
+    add_lora,
+    classifier_from,
+    has_reward_head,
+    load_classifier,
+    load_language_model,
+    load_tokenizer,
+    merged_state,
+    reset_head,
+    resolve,
+    score_head,
+    write_model,
+)
+
+__all__ = [
+    "FrozenPolicy",
+    "Policy",
+    "Precision",
+    "ScalarModel",
+    "Scorer",
+    "TokenStatistics",
+    "choose_device",
+    "choose_dtype",
+    "load_policy",
+    "load_scalar",
+    "load_tokenizer",
+    "make_policy",
+    "make_scalar",
+    "merged_state",
+    "resolve",
+]
+
+
+class Scorer(Protocol):
+    """Log-probabilities of the response tokens of rows, nats per token, without gradient."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def logprobs(self, tokens: Tokens) -> PerToken: ...
+
+
+# ---- Policy
+
+
+class Policy:
+    """A causal language model that is trained, with its tokenizer.
+
+    `model` is the transformers model itself (with LoRA, its linear layers carry the adapter); `adapter` is peft's view
+    of it. Every call that takes `Tokens` moves them to the model's device.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arithmetic: Precision,
+        adapter: PeftModel | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.arithmetic = arithmetic
+        self.adapter = adapter
+        self.module = LanguageModel(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Where calls of `model` compute as `logprobs` does: bf16 autocast or nothing."""
+        return self.arithmetic.context(self.device)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The weights that training changes: all, or the adapter's."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def use_layout(self, *, share: bool = False, capacity: int = 0) -> None:
+        """From now on run rows packed into sequences of up to `capacity` tokens, equal prompts of neighbours once.
+
+        `share` asks for the latter. Changes speed only. Raises ValueError for models that cannot (no block mask, no
+        restarting positions).
+        """
+        self.module.use_layout(share=share, capacity=capacity)
+
+    def logprobs(self, tokens: Tokens) -> PerToken:
+        """Log-probabilities of the response tokens, in nats, with gradient; zero elsewhere."""
+        tokens = move(tokens, self.device)
+        return at_responses(tokens, self.module(tokens, self.arithmetic, whole=False))
+
+    def statistics(self, tokens: Tokens) -> TokenStatistics:
+        """Log-probabilities with gradient, and entropy and squares of the distributions, `[B, T]`; zero elsewhere."""
+        tokens = move(tokens, self.device)
+        found = self.module(tokens, self.arithmetic, whole=True)
+        return TokenStatistics(
+            *(at_responses(tokens, values) for values in (found.logprobs, found.log_sum_squares, found.entropy))
+        )
+
+    @torch.no_grad()
+    def kl(self, tokens: Tokens, reference: Policy | FrozenPolicy) -> PerToken:
+        """KL(policy || reference) of the next-token distribution at each response token, in nats, zero elsewhere.
+
+        Exact over the whole vocabulary; summed over a row sampled from the policy it is an unbiased estimate of the
+        sequence KL. Both models must have the same vocabulary. No gradient.
+        """
+        tokens = move(tokens, self.device)
+        mine, theirs = self.states(tokens), reference.states(move(tokens, reference.device))
+        values = [mine.new_zeros(0, dtype=torch.float32)]
+        for own_rows, their_rows in zip(mine.split(CHUNK_ROWS), theirs.split(CHUNK_ROWS), strict=True):
+            own = self.log_distributions(own_rows)
+            other = reference.log_distributions(their_rows).to(own.device)
+            values.append((own.exp() * (own - other)).sum(-1))
+        return at_responses(tokens, torch.cat(values))
+
+    def states(self, tokens: Tokens) -> States:
+        """What predicts each response token, `[N, D]`."""
+        with self.precision():
+            return self.module.states(tokens)
+
+    def log_distributions(self, states: States) -> Tensor:
+        """The log-probabilities of the whole vocabulary that some states predict, `[N, V]`."""
+        return log_distributions(self.module.head, states, fast=self.arithmetic.autocast is not None)
+
+    def reference(self) -> FrozenPolicy:
+        """What the policy is compared with: the model without its adapter, else a frozen copy of it as it is now.
+
+        Without an adapter, ask before the first step.
+        """
+        return FrozenPolicy(self, without_adapter=True) if self.adapter else self.frozen()
+
+    def frozen(self) -> FrozenPolicy:
+        """A copy of the policy as it is now, adapter included; later steps do not change it."""
+        adapter = copy.deepcopy(self.adapter)
+        model = network_of(adapter) if adapter else copy.deepcopy(self.model)
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        return FrozenPolicy(Policy(model, self.tokenizer, self.arithmetic, adapter))
+
+    def save(
+        self, path: str | Path, *, adapter_path: str | Path | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a standard model folder, adapter merged in; the policy itself stays as it is, to the last bit.
+
+        `adapter_path` asks for the adapter alone as well, in peft's form. Weights are float32 unless `dtype` is given.
+        """
+        write_model(Path(path), self.model, self.tokenizer, dtype=dtype)
+        if adapter_path is not None:
+            if self.adapter is None:
+                raise ValueError(f"no adapter to write to {adapter_path}: this policy trains all its weights.")
+            self.adapter.save_pretrained(str(adapter_path))
+
+
+class FrozenPolicy:
+    """A policy that only looks: log-probabilities without gradient, with its adapter switched off if asked."""
+
+    def __init__(self, policy: Policy, *, without_adapter: bool = False) -> None:
+        self.policy = policy
+        self.without_adapter = without_adapter
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.policy.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.policy.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.policy.device
+
+    @property
+    def pad_id(self) -> int:
+        return self.policy.pad_id
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        adapter = self.policy.adapter if self.without_adapter else None
+        with torch.no_grad(), adapter.disable_adapter() if adapter else nullcontext():
+            yield
+
+    def logprobs(self, tokens: Tokens) -> PerToken:
+        """Log-probabilities of the response tokens, in nats; zero elsewhere."""
+        with self._still():
+            return self.policy.logprobs(tokens)
+
+    def states(self, tokens: Tokens) -> States:
+        """What predicts each response token, `[N, D]`."""
+        with self._still():
+            return self.policy.states(tokens)
+
+    def log_distributions(self, states: States) -> Tensor:
+        """The log-probabilities of the whole vocabulary that some states predict, `[N, V]`."""
+        with self._still():
+            return self.policy.log_distributions(states)
+
+
+def network_of(adapter: PeftModel) -> PreTrainedModel:
+    """The transformers model that an adapter was put into."""
+    network = adapter.get_base_model()
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+# ---- ScalarModel
+
+
+class ScalarForward(nn.Module):
+    """The thin module around a sequence classifier of one label: one float32 number at every position."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tokens, precision: Precision) -> PerToken:
+        with precision.context(tokens.ids.device):
+            states = run_body(self.network.base_model, tokens).last_hidden_state
+        weight = score_head(self.network).weight
+        return F.linear(states.to(weight.dtype), weight)[..., 0]
+
+
+def last_columns(tokens: Tokens) -> Tensor:
+    """The column of each row's last real token, found by the mask."""
+    return tokens.attention_mask.shape[1] - 1 - tokens.attention_mask.flip(-1).int().argmax(-1)
+
+
+class ScalarModel:
+    """A model with one number as its output: a reward model, which scores answers, or a critic.
+
+    `model` is a standard `AutoModelForSequenceClassification` with one label, and `save` writes one.
+
+    transformers' own forward finds a row's end as the last id that is not `config.pad_token_id`, so where padding is
+    the end-of-sequence token it would score the token before. Another special token is made the padding then; of a
+    tokenizer that has no other (GPT-2's), the saved model scores differently there, and `save` says so.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arithmetic: Precision,
+        adapter: PeftModel | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.arithmetic = arithmetic
+        self.adapter = adapter
+        self.module = ScalarForward(model)
+        give_own_padding(tokenizer)
+        model.config.get_text_config().pad_token_id = self.pad_id
+        self._check_agreement()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id(self.tokenizer)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The weights that training changes: all, or the adapter's and the head's."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def values(self, tokens: Tokens) -> PerToken:
+        """The output at each real token, after reading that token; zero at padding."""
+        tokens = move(tokens, self.device)
+        return torch.where(tokens.attention_mask, self.module(tokens, self.arithmetic), 0.0)
+
+    def scores(self, tokens: Tokens) -> PerSequence:
+        """The output at each row's last real token."""
+        tokens = move(tokens, self.device)
+        values = self.module(tokens, self.arithmetic)
+        return values.gather(1, last_columns(tokens)[:, None])[:, 0]
+
+    @torch.no_grad()
+    def scale_by(self, factor: float) -> None:
+        """Multiply all scores by `factor`, inside the head's weight.
+
+        Standard heads have no bias, so a normalization can set the scores' standard deviation but not their mean;
+        only differences of scores mean something anyway.
+        """
+        score_head(self.model).weight.mul_(factor)
+
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a standard sequence classifier, adapter merged in; the model itself stays as it is, to the last bit."""
+        if self.pad_id == self.tokenizer.eos_token_id:
+            warnings.warn(
+                "padding is the end-of-sequence token and the tokenizer has no other special token: outside trimtab, "
+                "transformers will score each answer without its last token",
+                stacklevel=2,
+            )
+        write_model(Path(path), self.model, self.tokenizer, dtype=dtype)
+
+    @torch.no_grad()
+    def _check_agreement(self) -> None:
+        """Refuse a family whose own forward gives other scores than ours for a row without padding."""
+        tokens = probe_tokens(self.model).select(torch.tensor([0], device=self.device))
+        found = self.module(tokens, Precision(None, "probe"))[:, -1]
+        expected = self.model(input_ids=tokens.ids, attention_mask=tokens.attention_mask.long()).logits[:, 0]
+        if not torch.allclose(found, expected.float(), rtol=1e-3, atol=1e-4):
+            raise ValueError(f"{type(self.model).__name__} computes its scores in a way that is not known here.")
+
+
+def give_own_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer a padding token that no answer ends with, if it has a special token to spare."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return
+    spare = spare_token(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token if spare is None else spare
+
+
+def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that ends no answer: named for padding, else the unknown token, else one no template uses."""
+    used = (tokenizer.eos_token, tokenizer.bos_token)
+    template = str(tokenizer.chat_template or "")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in used and token not in template]
+    unknown = [token for token in free if token == tokenizer.unk_token]
+    padding = [token for token in free if "pad" in token.lower()]
+    return next(iter([*padding, *unknown, *free]), None)
+
+
+# ---- Loading
+
+
+def load_policy(
+    source: Source,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """A policy from a hub id, folder, run, adapter or built-in name; `lora_rank` > 0 trains an adapter on top.
+
+    An adapter's weights are merged into its base in float32 first, so its reference is base and adapter together.
+    Raises ValueError or FileNotFoundError for what is no language model in safetensors.
+    """
+    network = load_language_model(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return make_policy(
+        network, tokenizer, dtype=dtype, device=device, lora_rank=lora_rank, lora_alpha=lora_alpha, seed=seed
+    )
+
+
+def make_policy(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    seed: int = 0,
+) -> Policy:
+    """A policy of a model in memory, which it takes over; `seed` draws the adapter."""
+    arithmetic = _settle(network, dtype, device)
+    adapter = _adapter(network, network.get_output_embeddings(), lora_rank, lora_alpha, seed)
+    return Policy(network, tokenizer, arithmetic, adapter)
+
+
+def load_scalar(
+    source: Source,
+    *,
+    new_head: bool,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    trust_remote_code: bool = False,
+) -> ScalarModel:
+    """A reward model or critic: a trained one, or with `new_head` any model under a head drawn from `seed`.
+
+    Raises ValueError if a trained one is asked for and `source` has no reward head.
+    """
+    network = (
+        _new_classifier(source, seed, trust_remote_code)
+        if new_head
+        else load_classifier(source, trust_remote_code=trust_remote_code)
+    )
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return make_scalar(
+        network, tokenizer, dtype=dtype, device=device, lora_rank=lora_rank, lora_alpha=lora_alpha, seed=seed
+    )
+
+
+def make_scalar(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    seed: int = 0,
+) -> ScalarModel:
+    """A reward model of a sequence classifier in memory, which it takes over; `seed` draws the adapter."""
+    arithmetic = _settle(network, dtype, device)
+    head = score_head(network)
+    adapter = _adapter(network, head, lora_rank, lora_alpha, seed)
+    head.requires_grad_(True)
+    return ScalarModel(network, tokenizer, arithmetic, adapter)
+
+
+def _new_classifier(source: Source, seed: int, trust_remote_code: bool) -> PreTrainedModel:
+    if not has_reward_head(source, trust_remote_code=trust_remote_code):
+        return classifier_from(load_language_model(source, trust_remote_code=trust_remote_code), seed=seed)
+    classifier = load_classifier(source, trust_remote_code=trust_remote_code)
+    reset_head(classifier, seed=seed)
+    return classifier
+
+
+def _settle(network: PreTrainedModel, dtype: str, device: str) -> Precision:
+    """Move a model to its device and choose its arithmetic."""
+    place = choose_device(device)
+    network.to(place)  # pyright: ignore[reportArgumentType] (its annotation forgets devices)
+    embedding = network.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        # With it, torch drops the gradient of that id's embedding, and padding may be the end-of-sequence token.
+        embedding.padding_idx = None
+    return choose_dtype(dtype, place)
+
+
+def _adapter(
+    network: PreTrainedModel, head: nn.Module | None, rank: int, alpha: float | None, seed: int
+) -> PeftModel | None:
+    if rank < 0:
+        raise ValueError(f"--lora-rank {rank}: 0 trains all weights, a positive rank trains an adapter.")
+    if not rank:
+        if alpha is not None:
+            raise ValueError(f"--lora-alpha {alpha} has no effect without --lora-rank.")
+        return None
+    return add_lora(network, head, rank=rank, alpha=alpha, seed=seed)

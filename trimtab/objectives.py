@@ -1,0 +1,303 @@
+"""Objectives: what a step minimizes. One final class per kind of batch.
+
+An objective has two halves. `outputs` is the only half that runs the model: it turns rows into a few differentiable
+numbers. `loss` is arithmetic on those numbers and what the batch already holds. A loss that looks across a batch
+(`across`) is always given the whole batch's outputs, whatever the micro-batches are; see `Learner.step`.
+
+Every loss and metric is a `Mean`; micro-batches and ranks add, and one division at the end makes the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.batches import (
+    DemonstrationBatch,
+    FeedbackBatch,
+    Mean,
+    PairBatch,
+    Pairs,
+    PerPair,
+    PerSequence,
+    PerToken,
+    RankingBatch,
+    Referenced,
+    Tokens,
+)
+from trimtab.losses.arguments import CombinedLoss
+from trimtab.losses.language import negative_log_likelihood
+from trimtab.losses.preference import ACROSS, REFERENCE_FREE, LengthSplitPairs, WeightedPairs
+from trimtab.losses.reward import PairScores
+from trimtab.losses.unpaired import Unpaired
+
+Metrics = dict[str, Mean]
+
+
+class HasLogprobs(Protocol):
+    """A policy: differentiable log-probabilities of rows (nats), zero outside the responses."""
+
+    def logprobs(self, tokens: Tokens) -> PerToken: ...
+
+
+class HasStatistics(HasLogprobs, Protocol):
+    """A policy that also reports statistics of its whole next-token distribution."""
+
+    def statistics(self, tokens: Tokens) -> Any: ...
+
+
+class HasScores(Protocol):
+    """A reward model: one differentiable number per row."""
+
+    def scores(self, tokens: Tokens) -> PerSequence: ...
+
+
+class Objective(Protocol):
+    """What `Learner.step` needs of an objective."""
+
+    @property
+    def across(self) -> bool:
+        """Whether the loss of one item depends on the other items of its batch."""
+        ...
+
+    def outputs(self, model: Any, batch: Any) -> Any:
+        """The differentiable numbers of some rows: a dataclass of tensors."""
+        ...
+
+    def loss(self, outputs: Any, batch: Any) -> tuple[Mean, Metrics]:
+        """The loss and the metrics of those numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """Log-probabilities of the response tokens, `[B, T]`."""
+
+    logprobs: PerToken
+
+
+@dataclass(frozen=True)
+class DemonstrationObjective:
+    """Supervised fine-tuning: the mean negative log-likelihood of the response tokens, nats per token."""
+
+    across: bool = False
+
+    def outputs(self, model: HasLogprobs, batch: DemonstrationBatch) -> TokenOutputs:
+        return TokenOutputs(model.logprobs(batch.tokens))
+
+    def loss(self, outputs: TokenOutputs, batch: DemonstrationBatch) -> tuple[Mean, Metrics]:
+        mask = batch.tokens.response_mask
+        losses = negative_log_likelihood(outputs.logprobs, mask)
+        return Mean.of(losses, mask * batch.weights[:, None]), {"length": Mean.of(batch.tokens.response_lengths)}
+
+
+@dataclass(frozen=True)
+class ScoreOutputs:
+    """Scores of rows, `[B]`."""
+
+    scores: PerSequence
+
+
+@dataclass(frozen=True)
+class RewardObjective:
+    """A reward model on pairs: `pair_loss` maps `PairScores` to one number a pair."""
+
+    pair_loss: Callable[[PairScores], PerPair]
+    across: bool = False
+
+    def outputs(self, model: HasScores, batch: PairBatch) -> ScoreOutputs:
+        return ScoreOutputs(model.scores(batch.tokens))
+
+    def loss(self, outputs: ScoreOutputs, batch: PairBatch) -> tuple[Mean, Metrics]:
+        chosen, rejected = outputs.scores.view(-1, 2).unbind(-1)
+        losses = self.pair_loss(PairScores(chosen, rejected, batch.confidence, batch.margin))
+        decided = batch.confidence != 0.5  # a tie has no right answer
+        right = (chosen > rejected) == (batch.confidence > 0.5)
+        metrics = {
+            "accuracy": Mean.of((right & (chosen != rejected)).float(), decided),
+            "margin": Mean.of(chosen - rejected),
+            "reward": Mean.of(outputs.scores),
+        }
+        return Mean.of(losses, batch.weights), metrics
+
+
+@dataclass(frozen=True)
+class RankingObjective:
+    """A reward model on rankings: `ranking_loss` maps scores `[rows]` and sizes `[P]` to one number a ranking.
+
+    Each answer is scored once, however many pairs it stands in (Ouyang et al. 2022).
+    """
+
+    ranking_loss: Callable[[Tensor, Tensor], PerPair]
+    across: bool = False
+
+    def outputs(self, model: HasScores, batch: RankingBatch) -> ScoreOutputs:
+        return ScoreOutputs(model.scores(batch.tokens))
+
+    def loss(self, outputs: ScoreOutputs, batch: RankingBatch) -> tuple[Mean, Metrics]:
+        losses = self.ranking_loss(outputs.scores, batch.sizes)
+        margins = torch.cat([ordered_differences(scores) for scores in outputs.scores.split(batch.sizes.tolist())])
+        metrics = {
+            "accuracy": Mean.of((margins > 0).float()),
+            "margin": Mean.of(margins),
+            "reward": Mean.of(outputs.scores),
+        }
+        return Mean.of(losses, batch.weights), metrics
+
+
+def ordered_differences(scores: Tensor) -> Tensor:
+    """Better minus worse for every pair of a ranking's scores `[K]`, best first: `[K (K - 1) / 2]`."""
+    better, worse = torch.triu_indices(len(scores), len(scores), offset=1)
+    return scores[better] - scores[worse]
+
+
+def pairs(policy: HasLogprobs, batch: Referenced[PairBatch]) -> Pairs:
+    """Summed log-probabilities of chosen and rejected answers, and their reference's."""
+    return summed_pairs(policy.logprobs(batch.tokens), batch)
+
+
+def summed_pairs(logprobs: PerToken, batch: Referenced[PairBatch]) -> Pairs:
+    """Pairs from the log-probabilities of their tokens."""
+    chosen, rejected = logprobs.sum(-1).view(-1, 2).unbind(-1)
+    ref_chosen, ref_rejected = batch.logprobs.sum(-1).view(-1, 2).unbind(-1)
+    chosen_length, rejected_length = batch.tokens.response_lengths.view(-1, 2).unbind(-1)
+    return Pairs(chosen, rejected, ref_chosen, ref_rejected, chosen_length, rejected_length)
+
+
+def length_split_pairs(policy: HasLogprobs, batch: Referenced[PairBatch]) -> LengthSplitPairs:
+    """Sums over the first tokens, as many as the shorter answer has, and over what is left of the longer one."""
+    mask = batch.tokens.response_mask
+    shorter = mask.sum(-1).view(-1, 2).amin(-1).repeat_interleave(2)
+    head = mask & (mask.cumsum(-1) <= shorter[:, None])
+
+    def sums(logprobs: PerToken) -> tuple[Tensor, ...]:
+        heads = torch.where(head, logprobs, 0).sum(-1).view(-1, 2).unbind(-1)
+        tails = torch.where(mask & ~head, logprobs, 0).sum(-1).view(-1, 2).unbind(-1)
+        return *heads, *tails
+
+    chosen_head, rejected_head, chosen_tail, rejected_tail = sums(policy.logprobs(batch.tokens))
+    ref_chosen_head, ref_rejected_head, ref_chosen_tail, ref_rejected_tail = sums(batch.logprobs)
+    return LengthSplitPairs(
+        chosen_head=chosen_head,
+        rejected_head=rejected_head,
+        chosen_tail=chosen_tail,
+        rejected_tail=rejected_tail,
+        ref_chosen_head=ref_chosen_head,
+        ref_rejected_head=ref_rejected_head,
+        ref_chosen_tail=ref_chosen_tail,
+        ref_rejected_tail=ref_rejected_tail,
+    )
+
+
+def weighted_pairs(policy: HasStatistics, batch: Referenced[PairBatch]) -> WeightedPairs:
+    """Pairs with WPO's weight of each answer: exp of the mean over its tokens of log p(token) - log sum_v p(v)^2."""
+    statistics = policy.statistics(batch.tokens)
+    mask = batch.tokens.response_mask
+    excess = torch.where(mask, statistics.logprobs - statistics.log_sum_squares, 0).detach()
+    weights = (excess.sum(-1) / mask.sum(-1)).exp()
+    chosen_weight, rejected_weight = weights.view(-1, 2).unbind(-1)
+    summed = summed_pairs(statistics.logprobs, batch)
+    return WeightedPairs(summed, chosen_weight, rejected_weight)
+
+
+PAIR_READERS: dict[type, Callable[[Any, Referenced[PairBatch]], Any]] = {
+    Pairs: pairs,
+    LengthSplitPairs: length_split_pairs,
+    WeightedPairs: weighted_pairs,
+}
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """DPO and its family. A pair whose confidence is c counts as chosen > rejected with weight c, else swapped."""
+
+    pair_loss: CombinedLoss
+
+    @property
+    def across(self) -> bool:
+        return not ACROSS.isdisjoint(self.pair_loss.names)
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the reference's log-probabilities change the loss."""
+        return not REFERENCE_FREE.issuperset(self.pair_loss.names)
+
+    def outputs(self, policy: Any, batch: Referenced[PairBatch]) -> Any:
+        return PAIR_READERS[self.pair_loss.reads](policy, batch)
+
+    def loss(self, outputs: Any, batch: Referenced[PairBatch]) -> tuple[Mean, Metrics]:
+        confidence = batch.batch.confidence
+        losses = self.pair_loss(outputs)
+        if bool((confidence != 1).any()):
+            mixed = confidence * losses + (1 - confidence) * self.pair_loss(swapped(outputs))
+            losses = torch.where(confidence == 1, losses, mixed)
+        return Mean.of(losses, batch.batch.weights), preference_metrics(outputs, confidence)
+
+
+def swapped(outputs: Any) -> Any:
+    """The same pairs with chosen and rejected exchanged."""
+    changes = {}
+    for entry in fields(outputs):
+        value = getattr(outputs, entry.name)
+        other = entry.name.replace("chosen", "?").replace("rejected", "chosen").replace("?", "rejected")
+        changes[other] = swapped(value) if is_dataclass(value) else value
+    return replace(outputs, **changes)
+
+
+def preference_metrics(outputs: Any, confidence: PerPair) -> Metrics:
+    """Accuracy (strict, ties left out), margin and log-probabilities of chosen and rejected answers, in nats."""
+    chosen, rejected, ref_chosen, ref_rejected = answer_sums(outputs)
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    right = torch.where(confidence > 0.5, margin > 0, margin < 0)
+    return {
+        "accuracy": Mean.of(right.float(), confidence != 0.5),
+        "margin": Mean.of(margin),
+        "chosen_logprob": Mean.of(chosen),
+        "rejected_logprob": Mean.of(rejected),
+    }
+
+
+def answer_sums(outputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed log-probabilities of chosen and rejected answers and the reference's, whatever the loss reads."""
+    if isinstance(outputs, LengthSplitPairs):
+        return (
+            outputs.chosen_head + outputs.chosen_tail,
+            outputs.rejected_head + outputs.rejected_tail,
+            outputs.ref_chosen_head + outputs.ref_chosen_tail,
+            outputs.ref_rejected_head + outputs.ref_rejected_tail,
+        )
+    summed = outputs.pairs if isinstance(outputs, WeightedPairs) else outputs
+    return summed.chosen, summed.rejected, summed.ref_chosen, summed.ref_rejected
+
+
+@dataclass(frozen=True)
+class FeedbackObjective:
+    """KTO and BCO on unpaired feedback. Mismatched answers are run without gradient, and only for KTO's KL term."""
+
+    answer_loss: CombinedLoss
+    across: bool = True
+
+    def outputs(self, policy: HasLogprobs, batch: Referenced[FeedbackBatch]) -> Unpaired:
+        rows = torch.arange(len(batch.tokens), device=batch.tokens.ids.device).view(-1, 2)
+        ref_logprob, ref_mismatched = batch.logprobs.sum(-1).view(-1, 2).unbind(-1)
+        logprob = policy.logprobs(batch.tokens.select(rows[:, 0])).sum(-1)
+        mismatched = ref_mismatched
+        if "kto" in self.answer_loss.names:
+            with torch.no_grad():
+                mismatched = policy.logprobs(batch.tokens.select(rows[:, 1])).sum(-1)
+        return Unpaired(logprob, ref_logprob, mismatched, ref_mismatched, batch.batch.desirable)
+
+    def loss(self, outputs: Unpaired, batch: Referenced[FeedbackBatch]) -> tuple[Mean, Metrics]:
+        wanted, unwanted = outputs.desirable, ~outputs.desirable
+        metrics = {
+            "chosen_logprob": Mean.of(outputs.logprob, wanted),
+            "rejected_logprob": Mean.of(outputs.logprob, unwanted),
+            "chosen_log_ratio": Mean.of(outputs.log_ratio, wanted),
+            "rejected_log_ratio": Mean.of(outputs.log_ratio, unwanted),
+            "kl": Mean.of(outputs.mismatched - outputs.ref_mismatched),
+        }
+        return Mean.of(self.answer_loss(outputs), batch.batch.weights), metrics

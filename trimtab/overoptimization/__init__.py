@@ -1,0 +1,1 @@
+"""What happens to the true reward while a proxy of it is optimized."""

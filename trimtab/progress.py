@@ -1,0 +1,38 @@
+"""What a person sees of long work: a bar on a terminal, a line now and then elsewhere. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar for `total` units of work; yields `advance(count=1, note="")`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    began, done = time.monotonic(), 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            nonlocal done
+            before, done = done, done + count
+            bar.update(task, advance=count, note=note)
+            tenth = max(1, total // 10)
+            if not console.is_terminal and (before // tenth != done // tenth or done == total):
+                console.print(f"{title} {done}/{total} {note} ({time.monotonic() - began:.0f} s)")
+
+        yield advance

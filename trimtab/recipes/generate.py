@@ -1,0 +1,48 @@
+"""`trimtab generate`: prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Writes prompt + completion rows, which `trimtab sft` and `trimtab score` read."""
+
+    model: ModelOptions
+    data: str
+    """Prompts: a file, hub id, package.module:function, or a built-in name such as reviews-heldout."""
+    out: str
+    """The .jsonl file to write."""
+    sampling: SamplingOptions = SamplingOptions()
+    num_answers: int = 1
+    """Answers to every prompt."""
+    limit: int | None = None
+    """Only the first so many prompts."""
+    seed: int = 0
+    """Seed of the draws."""
+    skip_invalid: bool = False
+    """Skip and count bad rows instead of stopping at the first."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+
+def generate(config: Generate) -> None:
+    """Read prompts, sample, write."""
+    from trimtab.data import to_row
+    from trimtab.recipes import training
+    from trimtab.records import Demonstration, Prompt
+    from trimtab.sampling import sample
+
+    check_file(config.out, overwrite=config.overwrite)
+    prompts = training.read(config.data, Prompt, skip_invalid=config.skip_invalid).records[: config.limit]
+    policy = training.load_for_sampling(config)
+    samples = sample(policy, prompts, config.num_answers, seed=config.seed, progress=True, **asdict(config.sampling))
+    asked = [prompt for prompt in samples.prompts for _ in range(config.num_answers)]
+    rows = (
+        {**to_row(Demonstration(prompt, text)), "finished": bool(finished)}
+        for prompt, text, finished in zip(asked, samples.texts, samples.finished, strict=True)
+    )
+    training.write_rows(config.out, rows)

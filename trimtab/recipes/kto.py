@@ -1,0 +1,62 @@
+"""`trimtab kto`: unpaired feedback in, an aligned policy out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.recipes.options import (
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    RunOptions,
+    StepOptions,
+    check_out,
+    check_steps,
+)
+
+
+@dataclass(frozen=True)
+class Kto:
+    """Columns: prompt + completion + label. Preference rows are read as one wanted and one unwanted answer."""
+
+    model: ModelOptions
+    data: DataOptions
+    run: RunOptions
+    lora: LoraOptions = LoraOptions()
+    steps: StepOptions = field(default_factory=lambda: StepOptions(lr=1e-6))
+    loss: str = "kto"
+    """kto, bco, or a weighted sum."""
+    loss_args: tuple[str, ...] = ()
+    """Hyperparameters of the loss, such as beta=0.1 desirable_weight=1.33."""
+    reference: Literal["stored", "live"] = "stored"
+    """Reference log-probabilities: computed once, or at every step."""
+    ref_model: str | None = None
+    """Another model as the reference; the start model unless given."""
+
+
+def kto(config: Kto) -> None:
+    """Read, pair every prompt with a mismatched answer, tokenize, score with the reference, train, save."""
+    from functools import partial
+
+    from trimtab.losses.arguments import combine
+    from trimtab.losses.unpaired import UNPAIRED_LOSSES
+    from trimtab.models import load_policy
+    from trimtab.objectives import FeedbackObjective
+    from trimtab.recipes import training
+    from trimtab.records import Feedback
+    from trimtab.tokens import encode_feedback, feedback_batch
+
+    check_steps(config.steps)
+    check_out(config.run)
+    objective = FeedbackObjective(combine(UNPAIRED_LOSSES, config.loss, config.loss_args))
+    training.check_reference(config)
+    loaded = training.read_parts(config.data, Feedback)
+    policy = training.load(load_policy, config)
+    encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
+    items, facts = training.encode_parts(loaded, encoder, config.data, feedback_batch, policy.pad_id)
+    run = training.open_run("kto", config, facts)
+    items, _ = training.with_reference(items, policy, config, needed=True)
+    steps = training.total_steps(config.steps, len(items["train"].encoded))
+    learner = training.make_learner(policy, objective, config.steps, steps)
+    training.train(run, learner, items, config, steps)

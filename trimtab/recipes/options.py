@@ -1,0 +1,172 @@
+"""The groups of options that commands share. Every field is a flag; the text under it is its `--help`.
+
+Groups are composed in a recipe's config and flat on the command line and in `config.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Overlong = Literal["error", "drop", "truncate-prompt-left", "truncate-response"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it computes."""
+
+    model: str
+    """Hub id, folder, run directory (its final model), or built-in: smollm2-135m-instruct, tiny."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the model's body: auto is bf16 autocast over float32 weights where the processor has bf16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Train a low-rank adapter instead of all weights (Hu et al. 2021)."""
+
+    lora_rank: int = 0
+    """Rank of the adapters on all linear layers; 0 trains all weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters; 2 * rank unless given."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which rows, and how long they may be."""
+
+    data: str
+    """File (.jsonl .json .csv .parquet, also .gz), hub id, package.module:function, or a built-in name."""
+    eval_data: str | None = None
+    """Held-out rows in the same form, for --eval-every."""
+    max_length: int = 1024
+    """Most tokens of prompt and answer together."""
+    overlong: Overlong = "error"
+    """What to do with longer rows; what was cut or dropped is counted and written to the run."""
+    skip_invalid: bool = False
+    """Skip and count bad rows instead of stopping at the first."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the weights move."""
+
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    steps: int | None = None
+    """Optimizer steps; instead of --epochs."""
+    epochs: float = 1.0
+    """Passes over the data when --steps is not given."""
+    batch_size: int = 16
+    """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
+    micro_batch_rows: int = 16
+    """Most rows (a pair is two) of one forward and backward pass; bounds memory, changes no result."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm here; 0 does not clip."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on matrices."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where the run goes and what it writes down."""
+
+    out: str
+    """The run directory to make."""
+    seed: int = 0
+    """Seed of data order, initialization and sampling."""
+    eval_every: int = 0
+    """Evaluate on --eval-data every so many steps; 0: only before and after."""
+    save_every: int = 0
+    """Write a checkpoint every so many steps; 0: only the final model."""
+    overwrite: bool = False
+    """Replace a run directory that exists."""
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The fields of a composed config as one flat mapping, as they stand in `config.yaml`."""
+    flat: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        flat |= flatten(value) if is_dataclass(value) else {entry.name: value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+def check_steps(options: StepOptions) -> None:
+    """Refuse numbers that cannot mean anything, by the name of their flag."""
+    at_least_one = {"--batch-size": options.batch_size, "--micro-batch-rows": options.micro_batch_rows}
+    if options.steps is not None:
+        at_least_one["--steps"] = options.steps
+    for flag, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"{flag} {value}: at least 1 is needed.")
+    if options.epochs <= 0:
+        raise ValueError(f"--epochs {options.epochs}: more than 0 is needed.")
+    if not 0 <= options.warmup <= 1:
+        raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")
+    for flag, value in {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{flag} {value}: a number that is not negative is needed.")
+
+
+def check_out(options: RunOptions) -> None:
+    """Refuse a run directory that holds something, before any work is done for it."""
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out {out} is a file; give a directory that does not exist yet.")
+    if out.is_dir() and any(out.iterdir()):
+        if not options.overwrite:
+            raise FileExistsError(f"--out {out} already holds something; give another directory or add --overwrite.")
+        if not (out / "config.yaml").exists():
+            raise FileExistsError(f"--out {out} is not a run directory (no config.yaml), so it is not overwritten.")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 64
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Draw among the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw among the most likely tokens that hold this much probability."""
+    batch_rows: int = 32
+    """Answers sampled at the same time; changes speed, not the samples (in float32)."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Which reward, and how it computes."""
+
+    reward: str
+    """A reward model's run, folder or hub id, implicit:RUN, py:package.module:function, sentiment or length."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the model's body: auto is bf16 autocast over float32 weights where the processor has bf16."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    max_length: int = 1024
+    """Most tokens of prompt and answer together; longer ones are an error."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+
+
+def check_file(out: str, *, overwrite: bool) -> None:
+    """Refuse an output file that exists or cannot be written, before any work is done for it."""
+    path = Path(out)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; give another file or add --overwrite.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: give a file in a folder that exists.")

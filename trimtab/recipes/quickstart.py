@@ -1,0 +1,371 @@
+"""`trimtab quickstart`: controlled sentiment (Rafailov et al. 2023, section 6.1) at small scale.
+
+The start model answers review-writing prompts; a lexicon is the gold reward and labels pairs through a Bradley-Terry
+coin; a reward model learns from part of the pairs; best-of-n and DPO use them; and every method is judged on held-out
+prompts by gold reward, by KL from the start model and by length. Deviations from the paper: an instruct model instead
+of a fine-tuned GPT-2, VADER instead of a classifier as gold, a few hundred pairs, noisy labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.recipes.options import (
+    DataOptions,
+    Dtype,
+    ModelOptions,
+    RunOptions,
+    StepOptions,
+    check_out,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from trimtab.models import Policy
+    from trimtab.records import Preference, Prompt
+    from trimtab.rewards import Reward
+    from trimtab.run import Run
+    from trimtab.sampling import Samples
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Needs no data and no GPU. Ends with a table, `summary.json` and `report.html` in --out."""
+
+    model: str = "smollm2-135m-instruct"
+    """The start model: hub id, folder, run directory, or built-in (tiny runs in under a minute and learns nothing)."""
+    out: str = "runs/quickstart"
+    """The directory to make."""
+    methods: tuple[Literal["best-of-n", "dpo"], ...] = ("best-of-n", "dpo")
+    """What to compare with the start model."""
+    prompts: int | None = None
+    """Prompts whose answers are compared, for training; 192, or 24 with the model tiny."""
+    held_out_prompts: int | None = None
+    """Prompts that every method is judged on; 48, or 8 with the model tiny."""
+    answers: int = 4
+    """Answers to each training prompt; neighbours become pairs."""
+    n: int = 16
+    """Answers of best-of-n."""
+    max_new_tokens: int = 32
+    """Most tokens of an answer."""
+    coin: float = 5.0
+    """P(first is labelled better) = sigmoid(coin * (gold(first) - gold(second))); gold lies in [-1, 1]."""
+    beta: float = 0.1
+    """DPO's beta."""
+    lr: float = 1e-5
+    """Learning rate of DPO."""
+    epochs: float = 2.0
+    """DPO's passes over the pairs."""
+    reward_lr: float = 2e-5
+    """Learning rate of the reward model."""
+    dtype: Dtype = "auto"
+    """Arithmetic of the model's body."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto is cuda where there is one."""
+    seed: int = 0
+    """Seed of prompts, samples, labels and data order."""
+    overwrite: bool = False
+    """Replace --out if it is a run directory."""
+
+
+PAIRS_HELD_OUT = 0.2
+"""Share of the prompts whose pairs the reward model does not see."""
+EVALUATION_ANSWERS = 4
+
+
+def quickstart(config: Quickstart) -> None:
+    """The whole chain; every step writes into --out."""
+    from trimtab.data.reviews import review_prompts
+    from trimtab.models import load_policy
+    from trimtab.recipes.options import flatten
+    from trimtab.rewards import parse_reward
+    from trimtab.run import Run
+
+    check_out(RunOptions(config.out, overwrite=config.overwrite))
+    config = with_sizes(config)
+    settings = {"command": "quickstart", **flatten(config)}
+    run = Run.create(config.out, config=settings, seed=config.seed, overwrite=config.overwrite)
+    start = load_policy(config.model, dtype=config.dtype, device=config.device)
+    gold = parse_reward("sentiment")
+    assert config.prompts and config.held_out_prompts
+    prompts = review_prompts(config.prompts, seed=config.seed, split="train")
+    held_out = review_prompts(config.held_out_prompts, seed=config.seed, split="heldout")
+
+    say(1, f"sample {config.answers} answers to each of {len(prompts)} prompts, and label pairs by gold reward")
+    pairs = labelled_pairs(draw(start, prompts, config.answers, config), gold, config)
+    files = write_pairs(run.directory, pairs, config)
+
+    say(2, f"train a reward model on {len(read_rows(files['train']))} pairs")
+    accuracy = train_reward_model(run.directory, files, config)
+    proxy = parse_reward(str(run.directory / "reward"), dtype=config.dtype, device=config.device, max_length=1024)
+
+    say(3, f"sample {config.n} answers to each of {len(held_out)} held-out prompts: the start model and best-of-n")
+    judged = Judged(start, gold, proxy, config)
+    judged.start_model(draw(start, held_out, config.n, config))
+    if "dpo" in config.methods:
+        say(4, "DPO on the pairs")
+        train_dpo(run.directory, files, config)
+        say(5, "judge DPO's checkpoints on the held-out prompts")
+        judged.trained("dpo", run.directory / "dpo", held_out)
+    finish(run, config, judged, accuracy, len(pairs))
+
+
+def with_sizes(config: Quickstart) -> Quickstart:
+    """The config with every size decided. Refuses sizes that leave nothing to compare."""
+    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (192, 48)
+    config = replace(
+        config,
+        prompts=prompts if config.prompts is None else config.prompts,
+        held_out_prompts=held_out_prompts if config.held_out_prompts is None else config.held_out_prompts,
+    )
+    least = {"prompts": 5, "held_out_prompts": 2, "answers": 2, "n": 2, "max_new_tokens": 1}
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {smallest} is needed.")
+    return config
+
+
+def say(stage: int, text: str) -> None:
+    """One line a stage."""
+    from trimtab.progress import console
+
+    console.print(f"[bold]{stage}[/bold] {text}")
+
+
+def draw(policy: Policy, prompts: Sequence[Prompt], n: int, config: Quickstart) -> Samples:
+    """Answers at temperature 1, the distribution that KL is measured on."""
+    from trimtab.sampling import sample
+
+    return sample(policy, prompts, n, max_new_tokens=config.max_new_tokens, seed=config.seed, progress=True)
+
+
+def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> list[Preference]:
+    """Neighbouring answers as pairs; a Bradley-Terry coin on their gold rewards says which one is chosen.
+
+    Equal answers are no pair.
+    """
+    import math
+    import random
+
+    from trimtab.records import Preference
+
+    coin = random.Random(config.seed)
+    asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
+    scores = gold(asked, samples.texts)
+    pairs = []
+    for i in range(0, len(asked) - 1, 2):
+        if i % samples.n == samples.n - 1 or samples.texts[i] == samples.texts[i + 1]:
+            continue
+        first_wins = coin.random() < 1 / (1 + math.exp(-config.coin * (scores[i] - scores[i + 1])))
+        chosen, rejected = (i, i + 1) if first_wins else (i + 1, i)
+        pairs.append(Preference(asked[i], samples.texts[chosen], samples.texts[rejected]))
+    return pairs
+
+
+def write_pairs(directory: Path, pairs: Sequence[Preference], config: Quickstart) -> dict[str, Path]:
+    """The pairs as train and held-out files, no prompt in both."""
+    from trimtab.data import to_row
+    from trimtab.recipes.training import write_rows
+
+    held = {pair.prompt for pair in pairs[: max(1, round(PAIRS_HELD_OUT * len(pairs)))]}
+    files = {"train": directory / "pairs-train.jsonl", "heldout": directory / "pairs-heldout.jsonl"}
+    write_rows(files["train"], (to_row(pair) for pair in pairs if pair.prompt not in held))
+    write_rows(files["heldout"], (to_row(pair) for pair in pairs if pair.prompt in held))
+    return files
+
+
+def read_rows(path: Path) -> list[str]:
+    """The lines of a .jsonl file."""
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def train_reward_model(directory: Path, files: dict[str, Path], config: Quickstart) -> dict[str, float]:
+    """`trimtab reward` on the pairs; returns its held-out accuracy with interval."""
+    from trimtab.recipes.reward import Reward, reward
+
+    return reward(
+        Reward(
+            model=ModelOptions(config.model, config.dtype, config.device),
+            data=DataOptions(str(files["train"]), str(files["heldout"])),
+            run=RunOptions(str(directory / "reward"), config.seed),
+            steps=StepOptions(lr=config.reward_lr, batch_size=8, epochs=1),
+        )
+    )
+
+
+def train_dpo(directory: Path, files: dict[str, Path], config: Quickstart) -> None:
+    """`trimtab dpo` on the same pairs, with two checkpoints on the way for the frontier."""
+    from math import ceil
+
+    from trimtab.recipes.dpo import Dpo, dpo
+
+    steps = ceil(ceil(len(read_rows(files["train"])) / 8) * config.epochs)
+    dpo(
+        Dpo(
+            model=ModelOptions(config.model, config.dtype, config.device),
+            data=DataOptions(str(files["train"]), str(files["heldout"])),
+            run=RunOptions(str(directory / "dpo"), config.seed, save_every=max(1, ceil(steps / 3))),
+            steps=StepOptions(lr=config.lr, batch_size=8, steps=steps),
+            loss_args=(f"beta={config.beta}",),
+        )
+    )
+
+
+class Judged:
+    """What every method reached on the held-out prompts, gathered as the methods come."""
+
+    def __init__(self, start: Policy, gold: Reward, proxy: Reward, config: Quickstart) -> None:
+        self.start, self.gold, self.proxy, self.config = start, gold, proxy, config
+        self.methods: list[dict[str, Any]] = []
+        self.frontier: list[dict[str, Any]] = []
+        self.texts: list[dict[str, Any]] = []
+        self.start_gold: Any = None
+
+    def start_model(self, samples: Samples) -> None:
+        """The start model itself, and best-of-n chosen among its answers by the proxy."""
+        import torch
+
+        from trimtab.overoptimization.best_of_n import best_of, expected_best_of_n, kl_bound
+
+        n = self.config.n
+        gold, proxy, lengths = self.measures(samples)
+        self.start_gold = gold.mean(-1)
+        zero = torch.zeros(len(gold))
+        self.add("start", gold.mean(-1), proxy.mean(-1), zero, lengths.mean(-1))
+        self.texts = [
+            {"prompt": prompt.text, "answers": {"start": self.answer(samples, i, 0, gold, proxy)}}
+            for i, prompt in enumerate(samples.prompts)
+        ]
+        if "best-of-n" not in self.config.methods:
+            return
+        for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= n]:
+            estimate = expected_best_of_n(proxy, gold, k).mean().item()
+            self.frontier.append({"method": "best-of-n", "n": k, "kl": kl_bound(k), "gold": estimate})
+        expected = (expected_best_of_n(proxy, values, n) for values in (gold, proxy, lengths))
+        gold_n, proxy_n, length_n = expected
+        self.add(f"best-of-{n}", gold_n, proxy_n, torch.full((len(gold),), kl_bound(n)), length_n)
+        for i, best in enumerate(best_of(proxy).tolist()):
+            self.texts[i]["answers"][f"best-of-{n}"] = self.answer(samples, i, best, gold, proxy)
+
+    def trained(self, method: str, run: Path, prompts: Sequence[Prompt]) -> None:
+        """A trained policy: its checkpoints as points of the frontier, its final model as a method."""
+        from trimtab.models import load_policy
+
+        checkpoints = sorted((run / "checkpoints").glob("step-*"))
+        for path in [*checkpoints, run]:
+            policy = load_policy(str(path), dtype=self.config.dtype, device=self.config.device)
+            samples = draw(policy, prompts, EVALUATION_ANSWERS, self.config)
+            gold, proxy, lengths = self.measures(samples)
+            kl = self.kl(policy, samples)
+            point = {"method": method, "kl": kl.mean().item(), "gold": gold.mean().item()}
+            self.frontier.append({**point, "step": int(path.name.partition("-")[2]) if path != run else None})
+        self.add(method, gold.mean(-1), proxy.mean(-1), kl.mean(-1), lengths.mean(-1))
+        for i, text in enumerate(self.texts):
+            text["answers"][method] = self.answer(samples, i, 0, gold, proxy)
+        drop_checkpoints(run)
+
+    def measures(self, samples: Samples) -> tuple[Any, Any, Any]:
+        """Gold reward, proxy reward and length in tokens of every answer, each `[prompts, answers]` in float64."""
+        import torch
+
+        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
+        scores = (self.gold(asked, samples.texts), self.proxy(asked, samples.texts))
+        gold, proxy = (torch.tensor(values, dtype=torch.float64).view(-1, samples.n) for values in scores)
+        return gold, proxy, samples.tokens.response_lengths.double().view(-1, samples.n).cpu()
+
+    def kl(self, policy: Policy, samples: Samples) -> Any:
+        """Exact KL from the start model in nats per answer, `[prompts, answers]`."""
+        from trimtab.evals.drift import kl_per_token
+
+        return kl_per_token(policy, self.start, samples).sum(-1).double().view(-1, samples.n).cpu()
+
+    def add(self, method: str, gold: Any, proxy: Any, kl: Any, length: Any) -> None:
+        """One row of the table, from one mean per prompt each; intervals are over prompts."""
+        from trimtab.evals.intervals import bootstrap_difference, bootstrap_mean
+
+        row: dict[str, Any] = {"method": method}
+        for name, values in {"gold": gold, "proxy": proxy, "kl": kl, "length": length}.items():
+            row[name] = bootstrap_mean(values.numpy(), seed=self.config.seed).to_dict()
+        # The start model's answers are the same draws for best-of-n and another draw for a trained policy; the
+        # prompts are the same in both cases, so the difference is paired by prompt.
+        gain = bootstrap_difference(gold.numpy(), self.start_gold.numpy(), seed=self.config.seed)
+        self.methods.append({**row, "gold_gain": gain.to_dict()})
+
+    def answer(self, samples: Samples, prompt: int, answer: int, gold: Any, proxy: Any) -> dict[str, Any]:
+        """One answer with its rewards, for people to read."""
+        text = samples.texts[prompt * samples.n + answer]
+        return {"text": text, "gold": gold[prompt, answer].item(), "proxy": proxy[prompt, answer].item()}
+
+
+def drop_checkpoints(run: Path) -> None:
+    """The checkpoints were only kept to be judged; the final model stays."""
+    import shutil
+
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, float], pairs: int) -> None:
+    """The table, summary.json, samples.jsonl and report.html."""
+    from rich.console import Console
+
+    from trimtab.progress import console
+    from trimtab.report import write_report
+    from trimtab.run import write_json
+
+    held_out = {"value": accuracy["accuracy"], "low": accuracy["accuracy_low"], "high": accuracy["accuracy_high"]}
+    summary = {
+        "model": config.model,
+        "methods": judged.methods,
+        "reward_model": {"accuracy": held_out, "pairs": accuracy["pairs"]},
+        "frontier": judged.frontier,
+        "pairs": pairs,
+        "texts": judged.texts,
+        "commands": own_commands(),
+    }
+    write_json(run.directory / "summary.json", summary)
+    for text in judged.texts:
+        run.append("samples.jsonl", text)
+    runs = [run.directory / name for name in ("reward", "dpo") if (run.directory / name).exists()]
+    page = write_report(runs, run.directory / "report.html", summary=summary)
+    print_table(summary, Console(highlight=False))
+    console.print(f"summary: {run.directory / 'summary.json'}\nreport: {page}")
+
+
+def own_commands() -> list[str]:
+    """What to type to do the same to one's own model and data."""
+    return [
+        "trimtab data check MY_PAIRS.jsonl --model MY_MODEL",
+        "trimtab reward --model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --out runs/reward",
+        "trimtab evaluate reward --reward runs/reward --data HELD_OUT.jsonl",
+        "trimtab best-of-n --model MY_MODEL --reward runs/reward --data MY_PROMPTS.jsonl -n 16 --out best.jsonl",
+        "trimtab dpo --model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --out runs/dpo",
+        "trimtab generate --model runs/dpo --data MY_PROMPTS.jsonl --out answers.jsonl",
+    ]
+
+
+def print_table(summary: dict[str, Any], console: Any) -> None:
+    """The short table at the end."""
+    from rich.table import Table
+
+    accuracy = summary["reward_model"]["accuracy"]
+    table = Table(title="held-out prompts: mean and 95 % interval")
+    for column in ("method", "gold reward", "proxy reward", "KL (nats)", "length (tokens)"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in summary["methods"]:
+        cells = (row[name] for name in ("gold", "proxy", "kl", "length"))
+        table.add_row(row["method"], *(cell(value) for value in cells))
+    console.print(f"reward model: held-out accuracy {cell(accuracy)}")
+    console.print(table)
+    console.print("the same with your own model and data:")
+    for command in summary["commands"]:
+        console.print(f"  {command}")
+
+
+def cell(estimate: dict[str, Any]) -> str:
+    """An estimate in a table."""
+    if estimate["low"] is None or estimate["low"] == estimate["high"]:
+        return f"{estimate['value']:.2f}"
+    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"

@@ -1,0 +1,29 @@
+"""`trimtab report`: run directories as one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Report:
+    """One self-contained HTML file: losses, accuracy, margins, reward against KL, texts. Opens offline."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Run directories."""
+    out: str = "report.html"
+    """The page to write."""
+
+
+def report(config: Report) -> None:
+    """Read the runs, write the page."""
+    from pathlib import Path
+
+    from trimtab.progress import console
+    from trimtab.report import write_report
+
+    page = write_report([Path(run) for run in config.runs], Path(config.out))
+    console.print(f"report: {page}")

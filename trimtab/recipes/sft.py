@@ -1,0 +1,53 @@
+"""`trimtab sft`: demonstrations in, a policy out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trimtab.recipes.options import (
+    DataOptions,
+    LoraOptions,
+    ModelOptions,
+    RunOptions,
+    StepOptions,
+    check_out,
+    check_steps,
+)
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Columns: messages | text | prompt + completion. Preference rows are read as demonstrations of `chosen`."""
+
+    model: ModelOptions
+    data: DataOptions
+    run: RunOptions
+    lora: LoraOptions = LoraOptions()
+    steps: StepOptions = field(default_factory=lambda: StepOptions(lr=2e-5, schedule="cosine"))
+    turns: Literal["last", "all"] = "last"
+    """Which assistant turns of a conversation carry loss."""
+    packing: bool = False
+    """Lay several demonstrations into one row of --max-length; none sees another. Changes speed, not the loss."""
+
+
+def sft(config: Sft) -> None:
+    """Read, tokenize, train, save."""
+    from functools import partial
+
+    from trimtab.models import load_policy
+    from trimtab.objectives import DemonstrationObjective
+    from trimtab.recipes import training
+    from trimtab.records import Demonstration
+    from trimtab.tokens import demonstration_batch, encode
+
+    check_steps(config.steps)
+    check_out(config.run)
+    loaded = training.read_parts(config.data, Demonstration)
+    policy = training.load(load_policy, config)
+    encoder = partial(encode, policy.tokenizer, turns=config.turns)
+    items, facts = training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)
+    run = training.open_run("sft", config, facts)
+    steps = training.total_steps(config.steps, len(items["train"].encoded))
+    learner = training.make_learner(policy, DemonstrationObjective(), config.steps, steps)
+    training.train(run, learner, items, config, steps)

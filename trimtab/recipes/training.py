@@ -1,0 +1,259 @@
+"""The wiring that the training commands share: rows in, batches out, a learner, held-out figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab import data
+from trimtab.batches import batch_indices, move
+from trimtab.evals.intervals import wilson
+from trimtab.learner import Learner, make_optimizer, make_schedule
+from trimtab.losses.arguments import check_arguments, parse_arguments
+from trimtab.models import load_policy
+from trimtab.objectives import Objective
+from trimtab.progress import console
+from trimtab.recipes.options import DataOptions, StepOptions, flatten
+from trimtab.references import LiveReference, NoReference, Reference, blend, moving, store
+from trimtab.report import write_report
+from trimtab.run import Run, seed_everything, write_json
+from trimtab.tokens import Encoded
+
+Collate = Callable[[Sequence[Encoded], int], Any]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Tokenized records and how they become batches; with a reference, batches carry its log-probabilities."""
+
+    encoded: Sequence[Encoded]
+    collate: Collate
+    pad_id: int
+    reference: Reference | None = None
+
+    def batch(self, index: Sequence[int]) -> Any:
+        """The batch of some items."""
+        batch = self.collate([self.encoded[i] for i in index], self.pad_id)
+        return self.reference.attach(batch, index) if self.reference else batch
+
+    def epochs(self, *, batch_size: int, seed: int, steps: int) -> Iterator[Any]:
+        """`steps` shuffled batches, drawn lazily; the order is a function of the seed alone."""
+        for index in batch_indices(len(self.encoded), batch_size, seed=seed, steps=steps):
+            yield self.batch(index)
+
+    def in_order(self, batch_size: int) -> Iterator[Any]:
+        """Every item once, in order."""
+        for start in range(0, len(self.encoded), batch_size):
+            yield self.batch(range(start, min(start + batch_size, len(self.encoded))))
+
+
+def open_run(command: str, config: Any, facts: Mapping[str, Any]) -> Run:
+    """The run directory of a command, with its resolved config and what was read for it."""
+    resolved = {"command": command, **flatten(config)}
+    for name in {"data", "eval_data", "model", "ref_model"} & resolved.keys():
+        resolved[name] = absolute(resolved[name])
+    run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
+    write_json(run.directory / "data.json", facts)
+    return run
+
+
+def absolute(source: str | None) -> str | None:
+    """A path that exists as an absolute one, so that a stored config works from anywhere; other names unchanged."""
+    return str(Path(source).resolve()) if source and Path(source).exists() else source
+
+
+def read(source: str, kind: type, *, skip_invalid: bool) -> data.Loaded:
+    """Records of a file, with what was skipped said aloud."""
+    loaded = data.load(source, kind, skip_invalid=skip_invalid)
+    for note in loaded.notes:
+        console.print(f"{source}: {note}")
+    if loaded.skipped:
+        console.print(f"{source}: skipped {len(loaded.skipped)} of {loaded.rows} rows that are not valid")
+    return loaded
+
+
+def read_parts(options: DataOptions, kind: type) -> dict[str, data.Loaded]:
+    """The records of `--data` ("train") and, where given, `--eval-data` ("eval")."""
+    sources = {"train": options.data, "eval": options.eval_data}
+    return {part: read(source, kind, skip_invalid=options.skip_invalid) for part, source in sources.items() if source}
+
+
+def encode_parts(
+    loaded: Mapping[str, data.Loaded], encoder: Callable[..., Any], options: DataOptions, collate: Collate, pad_id: int
+) -> tuple[dict[str, Items], dict[str, Any]]:
+    """Tokenize every part; says what was cut or dropped and returns it as facts for the run's data.json."""
+    items, facts = {}, {}
+    for part, records in loaded.items():
+        encoded, counts = encoder(records.records, max_length=options.max_length, overlong=options.overlong)
+        console.print(f"{part}: {counts}")
+        items[part] = Items(encoded, collate, pad_id)
+        skipped = [asdict(problem) for problem in records.skipped]
+        facts[part] = {"source": records.source, "rows": records.rows, "skipped": skipped, "overlong": asdict(counts)}
+    return items, facts
+
+
+def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
+    """A model of a command's options, from `load_policy` or `load_scalar`; new weights depend on the seed alone."""
+    seed_everything(config.run.seed)
+    model, lora = config.model, config.lora
+    loaded = loader(
+        model.model,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        lora_rank=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        **arguments,
+    )
+    console.print(f"{model.model} on {loaded.device}: {loaded.arithmetic.why}")
+    return loaded
+
+
+def scoring(options: Any) -> dict[str, Any]:
+    """The model options of a reward, as arguments of `parse_reward`."""
+    return {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
+
+
+def load_for_sampling(config: Any) -> Any:
+    """The policy of a command that only samples."""
+    model = config.model
+    policy = load_policy(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    console.print(f"{model.model} on {policy.device}: {policy.arithmetic.why}")
+    return policy
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as a .jsonl file, complete or not at all; says how many there are."""
+    path = Path(path)
+    aside = path.with_name(path.name + ".partial")
+    count = 0
+    with aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            count += 1
+    aside.replace(path)
+    console.print(f"{path}: {count} rows")
+
+
+def check_reference(config: Any) -> None:
+    """Refuse reference options that would have no effect or cannot work together."""
+    arguments = getattr(config, "reference_args", ())
+    if config.reference != "moving" and arguments:
+        raise ValueError(f"--reference-args {' '.join(arguments)}: only --reference moving has arguments.")
+    if config.reference == "moving":
+        check_arguments(moving, parse_arguments(arguments))
+        if config.lora.lora_rank:
+            raise ValueError("--reference moving needs full fine-tuning: adapters cannot be averaged factor by factor.")
+
+
+def with_reference(
+    items: Mapping[str, Items], policy: Any, config: Any, *, needed: bool
+) -> tuple[dict[str, Items], Callable[[Iterator[Any]], Iterator[Any]]]:
+    """Items whose batches carry the reference's log-probabilities, and what keeps a moving reference moving."""
+    if not needed:
+        return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
+    scorer = policy.reference() if config.ref_model is None else other_reference(policy, config)
+    max_rows = config.steps.micro_batch_rows
+    if config.reference == "stored":
+        stored = {
+            part: store(scorer, some.encoded, pad_id=some.pad_id, max_rows=max_rows) for part, some in items.items()
+        }
+        return {part: replace(some, reference=stored[part]) for part, some in items.items()}, lambda batches: batches
+    live = LiveReference(scorer, max_rows)
+    items = {part: replace(some, reference=live) for part, some in items.items()}
+    if config.reference == "live":
+        return items, lambda batches: batches
+    arguments = check_arguments(moving, parse_arguments(config.reference_args))
+    update = partial(blend, scorer.model, policy.model)
+    return items, lambda batches: moving(batches, update, **arguments)
+
+
+def other_reference(policy: Any, config: Any) -> Any:
+    """Another model as the reference; it must read the same tokens."""
+    model = config.model
+    other = load_policy(
+        config.ref_model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
+    )
+    if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ValueError(f"--ref-model {config.ref_model} has another vocabulary than --model {model.model}.")
+    return other.reference()
+
+
+def train(
+    run: Run,
+    learner: Learner,
+    items: Mapping[str, Items],
+    config: Any,
+    steps: int,
+    follow: Callable[[Iterator[Any]], Iterator[Any]] = lambda batches: batches,
+    finish: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
+    options: StepOptions = config.steps
+    batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
+    evaluation = run.train(
+        learner,
+        follow(batches),
+        steps=steps,
+        evaluate=held_out(learner, items.get("eval"), options.batch_size),
+        eval_every=config.run.eval_every,
+        save=learner.model.save,
+        save_every=config.run.save_every,
+    )
+    finish()
+    learner.model.save(run.directory / "model")
+    write_report([run.directory], run.directory / "report.html")
+    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+    return evaluation
+
+
+@torch.no_grad()
+def normalize(model: Any, items: Items, options: StepOptions) -> None:
+    """Scale the head of a reward model so that its scores of these items have standard deviation 1."""
+    scores = torch.cat(
+        [
+            model.scores(move(batch.tokens, model.device)).float().cpu()
+            for batch in items.in_order(max(1, options.micro_batch_rows // 2))
+        ]
+    )
+    spread = scores.std().item()
+    if spread > 0:
+        model.scale_by(1 / spread)
+
+
+def total_steps(options: StepOptions, items: int) -> int:
+    """`--steps`, or as many as `--epochs` needs."""
+    return options.steps or math.ceil(math.ceil(items / options.batch_size) * options.epochs)
+
+
+def make_learner(model: Any, objective: Objective, options: StepOptions, steps: int) -> Learner:
+    """AdamW on the weights that train, with the schedule and the micro-batches of the options."""
+    optimizer = make_optimizer(model.trainable_parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    warmup_steps = round(options.warmup * steps)
+    schedule = make_schedule(optimizer, kind=options.schedule, warmup_steps=warmup_steps, steps=steps)
+    return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, options.max_grad_norm)
+
+
+def held_out(learner: Learner, items: Items | None, batch_size: int) -> Callable[[int], dict[str, float]] | None:
+    """Evaluation of loss and metrics on held-out items, accuracy with its 95 % Wilson interval."""
+    if items is None:
+        return None
+
+    def evaluate(step: int) -> dict[str, float]:
+        loss, metrics = learner.evaluate(list(items.in_order(batch_size)))
+        figures = {"loss": loss.item(), **{name: mean.item() for name, mean in metrics.items()}}
+        if "accuracy" in metrics:
+            right, count = metrics["accuracy"].total, metrics["accuracy"].count
+            interval = wilson(round(float(right)), round(float(count)))
+            figures |= {"accuracy_low": interval.low, "accuracy_high": interval.high, "pairs": float(count)}
+        console.print(f"held out, step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        return figures
+
+    return evaluate

@@ -1,0 +1,66 @@
+"""Reading a summary: methods, their intervals, their names and colours. Absent or unmeasured figures are None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+START = "start"
+"""The method that every other one is compared with: the model as it was."""
+
+BEST_OF = "best-of-"
+"""How the keys of the best-of-n family begin."""
+
+NAMES = {START: "Start model", "simpo": "SimPO"} | {
+    key: key.upper() for key in ("sft", "dpo", "ipo", "kto", "orpo", "cpo", "ppo", "rloo", "grpo")
+}
+
+COLORS = {START: "c0", "dpo": "c2", "sft": "c3", "kto": "c4", "ppo": "c5", "rloo": "c6", "grpo": "c3"}
+
+
+class Interval(NamedTuple):
+    """A measured value and its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def holds_zero(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < float("inf") else None
+
+
+def interval(entry: Mapping[str, Any], key: str) -> Interval | None:
+    """The figure `key` of a summary's entry: an object with value, low and high, or a bare number without spread."""
+    found = entry.get(key)
+    if not isinstance(found, Mapping):
+        found = {"value": found}
+    value = number(found.get("value"))
+    if value is None:
+        return None
+    low, high = number(found.get("low")), number(found.get("high"))
+    return Interval(value, value if low is None else low, value if high is None else high)
+
+
+def is_best_of(method: str) -> bool:
+    """Whether this is best-of-n for some n (or for all of them: "best-of-n")."""
+    return method.startswith(BEST_OF)
+
+
+def method_name(method: str) -> str:
+    """How a method's key reads in a sentence: "best-of-4" is "Best-of-4", "dpo" is "DPO"."""
+    return NAMES.get(method, method[:1].upper() + method[1:])
+
+
+def method_color(method: str) -> str:
+    """The colour that a method keeps in the whole report, as a name that the page's style defines."""
+    if is_best_of(method):
+        return "c1"
+    return COLORS.get(method, f"c{sum(map(ord, method)) % 5 + 2}")

@@ -1,0 +1,109 @@
+"""The report in words: what the figures of a summary say, and what they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.report.summary import START, interval, is_best_of, method_name, number
+
+NOTABLE_LENGTH_CHANGE = 0.1
+"""Answers that grew or shrank by more than this share are said to be longer or shorter."""
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """The outcome in sentences, best method first; each gain with its interval, its price in KL and its length.
+
+    Of best-of-n the best n speaks for all. A gain whose interval holds zero is called not clear. A method that raised
+    the proxy where gold did not rise is named.
+    """
+    methods = {entry["method"]: entry for entry in summary.get("methods", ())}
+    start = methods.pop(START, {})
+    measured = [entry for entry in methods.values() if interval(entry, "gold_gain")]
+    ranked = _family_once(sorted(measured, key=lambda entry: interval(entry, "gold_gain") or (), reverse=True))
+    sentences = [_gain_sentence(entry, start) for entry in ranked]
+    sentences += [_gaming_sentence(entry) for entry in ranked if _is_gamed(entry, start)]
+    return sentences + _reward_model_sentences(summary)
+
+
+def _family_once(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    family = [entry for entry in ranked if is_best_of(entry["method"])]
+    return [entry for entry in ranked if entry not in family[1:]]
+
+
+def training_verdict(name: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the held-out accuracy of one run did, from its first evaluation to its last; empty when there is none."""
+    seen = [row for row in evals if number(row.get("accuracy")) is not None]
+    if not seen:
+        return []
+    first, last = seen[0]["accuracy"], seen[-1]["accuracy"]
+    if len(seen) == 1:
+        return [f"Held-out accuracy of {name} is {first:.2f}{_between(seen[-1])}."]
+    return [f"Held-out accuracy of {name} went from {first:.2f} to {last:.2f}{_between(seen[-1])}."]
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, a true minus, and no sign for what rounds to zero."""
+    text = f"{value:+.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def plain(value: float, digits: int = 2) -> str:
+    """A number with a true minus where it is negative."""
+    return signed(value, digits).lstrip("+")
+
+
+def _between(row: Mapping[str, Any]) -> str:
+    low, high = number(row.get("accuracy_low")), number(row.get("accuracy_high"))
+    return "" if low is None or high is None else f" (95% interval {low:.2f} to {high:.2f})"
+
+
+def _gain_sentence(entry: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    name, gain = method_name(entry["method"]), interval(entry, "gold_gain")
+    assert gain is not None, "only methods with a gain get a sentence"
+    spread = f"95% interval {signed(gain.low)} to {signed(gain.high)}"
+    if gain.holds_zero:
+        said = f"{name}: no clear change of the gold reward ({signed(gain.value)}, {spread}, which holds zero)"
+    else:
+        verb = "raised" if gain.value > 0 else "lowered"
+        said = f"{name} {verb} the gold reward by {abs(gain.value):.2f} ({spread})"
+    return said + _price(entry) + _length_clause(entry, start) + "."
+
+
+def _price(entry: Mapping[str, Any]) -> str:
+    kl = interval(entry, "kl")
+    return f", at {plain(kl.value, 1)} nats of KL per answer from the start model" if kl else ""
+
+
+def _length_clause(entry: Mapping[str, Any], start: Mapping[str, Any]) -> str:
+    after, before = interval(entry, "length"), interval(start, "length")
+    if not after or not before or before.value <= 0:
+        return ""
+    change = after.value / before.value - 1
+    if abs(change) <= NOTABLE_LENGTH_CHANGE:
+        return ", with answers about as long"
+    return f", with answers {abs(change):.0%} {'longer' if change > 0 else 'shorter'}"
+
+
+def _is_gamed(entry: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
+    """Whether the proxy's interval rose clear of the start's while gold did not rise clear of zero."""
+    proxy, before, gain = interval(entry, "proxy"), interval(start, "proxy"), interval(entry, "gold_gain")
+    if proxy is None or before is None or gain is None:
+        return False
+    return proxy.low > before.high and gain.low <= 0
+
+
+def _gaming_sentence(entry: Mapping[str, Any]) -> str:
+    name = method_name(entry["method"])
+    return f"{name} pleases the reward model more than the start model does, but not the gold reward: read its answers."
+
+
+def _reward_model_sentences(summary: Mapping[str, Any]) -> list[str]:
+    accuracy = interval(summary.get("reward_model") or {}, "accuracy")
+    if not accuracy:
+        return []
+    said = (
+        f"The reward model orders {accuracy.value:.0%} of the held-out pairs as the labels do "
+        f"({accuracy.low:.0%} to {accuracy.high:.0%})"
+    )
+    return [said + (", not clearly better than a coin." if accuracy.low <= 0.5 else ".")]

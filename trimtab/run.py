@@ -1,0 +1,188 @@
+"""A run: its directory, its seed, its figures on disk, and the only training loop.
+
+The directory is the contract between commands:
+
+    config.yaml         what to type to repeat the run (`trimtab COMMAND --config config.yaml --out OTHER`)
+    environment.json    versions, commit, command line, hardware, seed, what is not deterministic
+    data.json           what was read, skipped, cut and dropped
+    metrics.jsonl       one object a step
+    evals.jsonl         one object an evaluation
+    samples.jsonl       what the policy says
+    checkpoints/        step-00000100/, ... in `save_pretrained` form
+    model/              the final model in `save_pretrained` form
+    report.html         the same for people
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import yaml
+
+from trimtab import __version__
+from trimtab.learner import Learner
+from trimtab.progress import progress_bar
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Run:
+    """An open run directory."""
+
+    directory: Path
+    seed: int
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
+        """Make the directory, write down what is needed to repeat the run, and seed every generator.
+
+        Raises FileExistsError if the directory holds anything and `overwrite` is off.
+        """
+        path = Path(directory)
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite or not (path / "config.yaml").exists():
+                raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        seed_everything(seed)
+        (path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_json(path / "environment.json", environment(seed))
+        return cls(path, seed)
+
+    def append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Add one object to a .jsonl file of the run."""
+        with (self.directory / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+
+    def train(
+        self,
+        learner: Learner,
+        batches: Iterable[Any],
+        *,
+        steps: int,
+        evaluate: Callable[[int], Mapping[str, float]] | None = None,
+        eval_every: int = 0,
+        save: Callable[[Path], None] | None = None,
+        save_every: int = 0,
+        title: str = "train",
+    ) -> dict[str, float]:
+        """Draw a batch, take a step, write it down; `steps` times. Returns the last evaluation.
+
+        `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
+        one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
+        """
+        evaluation = self._evaluate(evaluate, 0)
+        with progress_bar(title, steps) as advance:
+            step = 0
+            for batch in batches:
+                step += 1
+                began = time.perf_counter()
+                figures = learner.step(batch)
+                self._log_step(step, figures, batch, time.perf_counter() - began)
+                advance(note=f"loss {figures['loss']:.4f}")
+                if eval_every and step % eval_every == 0 and step < steps:
+                    evaluation = self._evaluate(evaluate, step)
+                if save and save_every and step % save_every == 0:
+                    self._checkpoint(save, step)
+                if step == steps:
+                    break
+        assert step == steps, f"the batches ended after {step} of {steps} steps"
+        return self._evaluate(evaluate, steps) or evaluation
+
+    def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: float) -> None:
+        tokens = int(batch.tokens.attention_mask.sum())
+        speed = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        self.append("metrics.jsonl", {"step": step, **figures, **speed})
+
+    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, step: int) -> dict[str, float]:
+        if evaluate is None:
+            return {}
+        figures = dict(evaluate(step))
+        self.append("evals.jsonl", {"step": step, **figures})
+        return figures
+
+    def _checkpoint(self, save: Callable[[Path], None], step: int) -> None:
+        """A checkpoint is there as a whole or not at all: written aside, then renamed."""
+        final = self.directory / "checkpoints" / f"step-{step:08d}"
+        aside = final.with_name(final.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save(aside)
+        aside.rename(final)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, and ask torch for deterministic kernels where it has them."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Where and with what a run was made."""
+    packages = ("torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+    cuda = torch.cuda.is_available()
+    return {
+        "format_version": FORMAT_VERSION,
+        "trimtab": __version__,
+        "commit": source_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "seed": seed,
+        "not_deterministic": ["some CUDA kernels have no deterministic form"] if cuda else [],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def processor_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout that the package runs from; None for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    told = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip() or None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file for people and programs."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a figure that could not be measured is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
