@@ -211,7 +211,7 @@ def test_layouts_change_nothing(family: str) -> None:
     tokens = tokens_of([[*shared, 1, 2, END], [*shared, 3, END], [7, 1, END], [7, 4, 5, END]], [6, 6, 1, 1], extra=1)
     expected = policy.logprobs(tokens)
     for options in ({"share": True}, {"capacity": 16}, {"share": True, "capacity": 32}):
-        policy.use_layout(**options)
+        policy.body.use_layout(**options)
         assert torch.allclose(policy.logprobs(tokens), expected, atol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_layout_is_refused_where_positions_cannot_be_given() -> None:
     config = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
     policy = make_policy(transformers.BloomForCausalLM(config), byte_tokenizer(), **FLOAT32)
     with pytest.raises(ValueError, match="BloomForCausalLM cannot run several rows in one sequence"):
-        policy.use_layout(capacity=64)
+        policy.body.use_layout(capacity=64)
     tokens = random_tokens(extra=2)
     assert_close(by_row(policy.logprobs(tokens), tokens), literal_logprobs(policy.model, tokens))
 

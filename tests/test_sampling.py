@@ -240,6 +240,15 @@ def test_top_k_and_top_p_by_hand() -> None:
     assert kept(keep_top_p(logits.flip(-1), 0.6)) == [False, False, False, True, True]
 
 
+def test_top_p_finds_a_nucleus_larger_than_it_looks_at_first() -> None:
+    logits = torch.zeros(2, 4000)
+    logits[1, 7] = 50.0
+    logits[0] -= torch.arange(4000) * 1e-5
+    kept = keep_top_p(logits, 0.75).isfinite().sum(-1).tolist()
+    probability = logits[0].double().softmax(-1).cumsum(-1)
+    assert kept == [int((probability < 0.75).sum()) + 1, 1] and kept[0] > sampling.NUCLEUS_TOKENS
+
+
 def test_top_p_counts_what_top_k_left_at_the_temperature() -> None:
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     # Of the two that top-k leaves, the first has 4/7 = 0.571 of the probability.

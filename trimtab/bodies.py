@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from trimtab.batches import PerToken, Tokens, move
-from trimtab.layout import Layout, lay_out
+from trimtab.layout import Arrangement, Layout, arrange, lay_out
 from trimtab.precision import Precision
 from trimtab.projection import Head, States, TokenStatistics, head_of, log_distributions, logprobs_of, statistics_of
+from trimtab.weights import score_head
 
 
 def predicting(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -41,10 +44,10 @@ def takes_positions(body: nn.Module) -> bool:
     return "position_ids" in inspect.signature(body.forward).parameters
 
 
-def run_body(body: nn.Module, tokens: Tokens) -> Any:
-    """A transformer's outputs on some rows. Mask and positions are given, so padding on either side changes nothing."""
-    positions = {"position_ids": positions_of(tokens)} if takes_positions(body) else {}
-    return body(input_ids=tokens.ids, attention_mask=tokens.attention_mask.long(), use_cache=False, **positions)
+def run_rows(model: nn.Module, tokens: Tokens) -> Any:
+    """A model's outputs on padded rows. Mask and positions are given, so padding on either side changes nothing."""
+    positions = {"position_ids": positions_of(tokens)} if takes_positions(model) else {}
+    return model(input_ids=tokens.ids, attention_mask=tokens.attention_mask.long(), use_cache=False, **positions)
 
 
 def layout_masks(config: PreTrainedConfig, layout: Layout) -> Tensor | dict[str, Tensor]:
@@ -78,6 +81,63 @@ def probe_tokens(network: PreTrainedModel) -> Tokens:
     return move(Tokens(ids, attended, response), network.device)
 
 
+class Body(nn.Module):
+    """A transformer without its head, which runs rows as they are or laid out in shared sequences.
+
+    `arrangement` says how rows may be laid out; None runs them as they are. Prompts are shared unless the family
+    cannot.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+        self.arrangement = Arrangement() if self.can_lay_out else None
+
+    def layout(self, tokens: Tokens) -> Layout | None:
+        """How these rows are run; None for as they are."""
+        return arrange(tokens, self.arrangement) if self.arrangement else None
+
+    def forward(self, tokens: Tokens, layout: Layout | None) -> Tensor:
+        """Hidden states of the rows, `[B, T, D]`, or of the layout's sequences, `[S, L, D]`."""
+        transformer = self.network.base_model
+        if layout is None:
+            return run_rows(transformer, tokens).last_hidden_state
+        masks = layout_masks(self.network.config.get_text_config(), layout)
+        inputs = {"input_ids": layout.ids, "attention_mask": masks, "position_ids": layout.positions}
+        return transformer(**inputs, use_cache=False).last_hidden_state
+
+    def at(self, tokens: Tokens, rows: Tensor, columns: Tensor) -> States:
+        """Hidden states of some tokens, `[N, D]`, whatever the layout."""
+        layout = self.layout(tokens)
+        states = self(tokens, layout)
+        return states[rows, columns] if layout is None else states.flatten(0, 1)[layout.place[rows, columns]]
+
+    def use_layout(self, *, share: bool = True, capacity: int = 0) -> None:
+        """Share prompts or not, fill sequences up to `capacity` tokens; neither runs rows as they are.
+
+        ValueError for a family that gives other results then.
+        """
+        if (share or capacity) and not self.can_lay_out:
+            name = type(self.network).__name__
+            raise ValueError(f"{name} cannot run several rows in one sequence; leave packing and prompt sharing off.")
+        self.arrangement = Arrangement(share, capacity) if share or capacity else None
+
+    @cached_property
+    @torch.no_grad()
+    def can_lay_out(self) -> bool:
+        """Whether two rows that share a sequence and a prompt get the states they get apart, on a few random tokens."""
+        if not takes_positions(self.network.base_model):
+            return False
+        tokens = probe_tokens(self.network)
+        layout = lay_out(tokens, share=True)
+        try:
+            found = self(tokens, layout).flatten(0, 1)[layout.place]
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+            return False  # the family takes no mask of this shape; rows as they are, are always right
+        expected = self(tokens, None)
+        return torch.allclose(found[tokens.attention_mask], expected[tokens.attention_mask], rtol=1e-4, atol=1e-4)
+
+
 class LanguageModel(nn.Module):
     """The thin module around a causal language model: its `forward` runs the body and projects what is asked for.
 
@@ -87,7 +147,7 @@ class LanguageModel(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
-        self.share, self.capacity = False, 0
+        self.body = Body(network)
         self.projects = False
         self.projects = head_of(network) is not None and self._head_agrees()
         if not self.projects:
@@ -108,30 +168,12 @@ class LanguageModel(nn.Module):
 
     def states(self, tokens: Tokens) -> States:
         """What predicts each response token, `[N, D]` in reading order: hidden states, or logits without a head."""
-        if self.share or self.capacity:
-            return self._states_laid_out(tokens)
-        if not self.projects:
-            return run_body(self.network, tokens).logits[predicting(tokens)]
-        return run_body(self.network.base_model, tokens).last_hidden_state[predicting(tokens)]
-
-    def _states_laid_out(self, tokens: Tokens) -> States:
-        layout = lay_out(tokens, share=self.share, capacity=self.capacity)
-        outputs = self.network.base_model(
-            input_ids=layout.ids,
-            attention_mask=layout_masks(self.network.config.get_text_config(), layout),
-            position_ids=layout.positions,
-            use_cache=False,
+        rows, columns = predicting(tokens)
+        return (
+            self.body.at(tokens, rows, columns)
+            if self.projects
+            else run_rows(self.network, tokens).logits[rows, columns]
         )
-        return outputs.last_hidden_state.flatten(0, 1)[layout.place[predicting(tokens)]]
-
-    def use_layout(self, *, share: bool, capacity: int) -> None:
-        """Run rows laid out from now on; ValueError, and rows as before, if that gives this model other results."""
-        before = self.share, self.capacity
-        self.share, self.capacity = share, capacity
-        if not (self.projects and takes_positions(self.network.base_model) and self._layout_agrees()):
-            self.share, self.capacity = before
-            name = type(self.network).__name__
-            raise ValueError(f"{name} cannot run several rows in one sequence; leave packing and prompt sharing off.")
 
     @torch.no_grad()
     def _head_agrees(self) -> bool:
@@ -142,13 +184,19 @@ class LanguageModel(nn.Module):
         found = log_distributions(self.head, self.states(tokens), fast=False)
         return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
-    @torch.no_grad()
-    def _layout_agrees(self) -> bool:
-        tokens = probe_tokens(self.network)
-        expected = run_body(self.network.base_model, tokens).last_hidden_state[predicting(tokens)]
-        shared = lay_out(tokens, share=self.share, capacity=2 * tokens.ids.shape[1])
-        assert shared.ids.shape[0] == 1, "the probe must put both rows into one sequence"
-        kept, self.capacity = self.capacity, 2 * tokens.ids.shape[1]
-        found = self.states(tokens)
-        self.capacity = kept
-        return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+class ScalarForward(nn.Module):
+    """The thin module around a sequence classifier of one label: one float32 number at every position."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+        self.body = Body(network)
+
+    def forward(self, tokens: Tokens, precision: Precision) -> PerToken:
+        layout = self.body.layout(tokens)
+        with precision.context(tokens.ids.device):
+            states = self.body(tokens, layout)
+        weight = score_head(self.network).weight
+        values = F.linear(states.to(weight.dtype), weight)[..., 0]
+        return values if layout is None else values.flatten()[layout.place]

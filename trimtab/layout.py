@@ -21,6 +21,19 @@ from trimtab.batches import Tokens
 
 PROMPT_BRANCH = 0
 PADDING_GROUP = -1
+WORTH_IT = 0.9
+"""A layout is used where it runs at most this share of the tokens that padded rows would."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How rows may be laid out: `share` equal prompts of neighbours, fill sequences up to `capacity` tokens.
+
+    With capacity 0 a sequence is as long as the longest group, which only fills up what would be padding.
+    """
+
+    share: bool = True
+    capacity: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,13 @@ class Group:
     def length(self) -> int:
         """Tokens of the group when its prompt stands once."""
         return self.shared + sum(len(columns) - self.shared for columns in self.columns)
+
+
+def arrange(tokens: Tokens, arrangement: Arrangement) -> Layout | None:
+    """The layout of some rows; None where plain rows run hardly more tokens. An explicit capacity is always used."""
+    layout = lay_out(tokens, share=arrangement.share, capacity=arrangement.capacity)
+    worth_it = layout.ids.numel() <= WORTH_IT * tokens.ids.numel()
+    return layout if worth_it or arrangement.capacity else None
 
 
 def lay_out(tokens: Tokens, *, share: bool, capacity: int = 0) -> Layout:

@@ -19,11 +19,10 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trimtab.batches import PerSequence, PerToken, Tokens, move
-from trimtab.bodies import LanguageModel, at_responses, probe_tokens, run_body
+from trimtab.bodies import Body, LanguageModel, ScalarForward, at_responses, probe_tokens
 from trimtab.precision import Precision, choose_device, choose_dtype
 from trimtab.projection import (
     CHUNK_ROWS,
@@ -114,13 +113,10 @@ class Policy:
         """The weights that training changes: all, or the adapter's."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def use_layout(self, *, share: bool = False, capacity: int = 0) -> None:
-        """From now on run rows packed into sequences of up to `capacity` tokens, equal prompts of neighbours once.
-
-        `share` asks for the latter. Changes speed only. Raises ValueError for models that cannot (no block mask, no
-        restarting positions).
-        """
-        self.module.use_layout(share=share, capacity=capacity)
+    @property
+    def body(self) -> Body:
+        """The transformer under the head, which decides how rows are run."""
+        return self.module.body
 
     def logprobs(self, tokens: Tokens) -> PerToken:
         """Log-probabilities of the response tokens, in nats, with gradient; zero elsewhere."""
@@ -174,7 +170,9 @@ class Policy:
         for parameter in model.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
-        return FrozenPolicy(Policy(model, self.tokenizer, self.arithmetic, adapter))
+        copied = Policy(model, self.tokenizer, self.arithmetic, adapter)
+        copied.body.arrangement = self.body.arrangement
+        return FrozenPolicy(copied)
 
     def save(
         self, path: str | Path, *, adapter_path: str | Path | None = None, dtype: torch.dtype | None = None
@@ -245,20 +243,6 @@ def network_of(adapter: PeftModel) -> PreTrainedModel:
 # ---- ScalarModel
 
 
-class ScalarForward(nn.Module):
-    """The thin module around a sequence classifier of one label: one float32 number at every position."""
-
-    def __init__(self, network: PreTrainedModel) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, tokens: Tokens, precision: Precision) -> PerToken:
-        with precision.context(tokens.ids.device):
-            states = run_body(self.network.base_model, tokens).last_hidden_state
-        weight = score_head(self.network).weight
-        return F.linear(states.to(weight.dtype), weight)[..., 0]
-
-
 def last_columns(tokens: Tokens) -> Tensor:
     """The column of each row's last real token, found by the mask."""
     return tokens.attention_mask.shape[1] - 1 - tokens.attention_mask.flip(-1).int().argmax(-1)
@@ -297,6 +281,11 @@ class ScalarModel:
     @property
     def pad_id(self) -> int:
         return pad_id(self.tokenizer)
+
+    @property
+    def body(self) -> Body:
+        """The transformer under the head, which decides how rows are run."""
+        return self.module.body
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The weights that training changes: all, or the adapter's and the head's."""

@@ -64,11 +64,11 @@ class Objective(Protocol):
         """Whether the loss of one item depends on the other items of its batch."""
         ...
 
-    def outputs(self, model: Any, batch: Any) -> Any:
+    def outputs(self, model: Any, batch: Any, /) -> Any:
         """The differentiable numbers of some rows: a dataclass of tensors."""
         ...
 
-    def loss(self, outputs: Any, batch: Any) -> tuple[Mean, Metrics]:
+    def loss(self, outputs: Any, batch: Any, /) -> tuple[Mean, Metrics]:
         """The loss and the metrics of those numbers."""
         ...
 

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 CDF_BLOCK = 256
 """Tokens whose probabilities are summed first, so that a draw looks at V / 256 sums and then at 256 probabilities."""
 
+NUCLEUS_TOKENS = 1024
+"""Tokens among which top-p looks first; sorting a vocabulary of 49,152 takes eight times as long."""
+
 CACHE_BLOCK = 64
 """Tokens by which the cache of keys and values grows; appending by concatenation would copy it at every token."""
 
@@ -389,10 +392,22 @@ def keep_top_p(logits: Float[Tensor, "B V"], p: float) -> Float[Tensor, "B V"]:
 
     Tokens as probable as the last of them all stay.
     """
-    ranked = logits.sort(-1, descending=True).values
-    probability = ranked.double().softmax(-1)
-    needed = (probability.cumsum(-1) - probability < p).sum(-1, keepdim=True)
-    return logits.masked_fill(logits < ranked.gather(-1, needed - 1), float("-inf"))
+    normalizer = logits.double().logsumexp(-1, keepdim=True)
+    lowest, enough = lowest_in_nucleus(logits.topk(min(NUCLEUS_TOKENS, logits.shape[-1]), -1).values, normalizer, p)
+    if not enough.all():
+        rest = ~enough
+        ranked = logits[rest].sort(-1, descending=True).values
+        lowest[rest] = lowest_in_nucleus(ranked, normalizer[rest], p)[0]
+    return logits.masked_fill(logits < lowest[:, None], float("-inf"))
+
+
+def lowest_in_nucleus(
+    ranked: Float[Tensor, "B K"], normalizer: Float[Tensor, "B 1"], p: float
+) -> tuple[Float[Tensor, " B"], Bool[Tensor, " B"]]:
+    """The logit of the first of the ranked tokens at which their probability reaches `p`, and whether it does."""
+    probability = (ranked.double() - normalizer).exp()
+    needed = (probability.cumsum(-1) - probability < p).sum(-1)
+    return picked(ranked, needed - 1), probability.sum(-1) >= p
 
 
 # ---- Uniform numbers

@@ -75,6 +75,8 @@ class StepOptions:
     """Clip the global gradient norm here; 0 does not clip."""
     weight_decay: float = 0.0
     """AdamW's weight decay on matrices."""
+    share_prompts: bool = True
+    """Run a prompt once for its answers in a micro-batch, where that saves tokens; changes speed, no result."""
 
 
 @dataclass(frozen=True)

@@ -252,20 +252,24 @@ class Judged:
 
     def trained(self, method: str, run: Path, prompts: Sequence[Prompt]) -> None:
         """A trained policy: its checkpoints as points of the frontier, its final model as a method."""
-        from trimtab.models import load_policy
-
-        checkpoints = sorted((run / "checkpoints").glob("step-*"))
-        for path in [*checkpoints, run]:
-            policy = load_policy(str(path), dtype=self.config.dtype, device=self.config.device)
-            samples = draw(policy, prompts, EVALUATION_ANSWERS, self.config)
-            gold, proxy, lengths = self.measures(samples)
-            kl = self.kl(policy, samples)
-            point = {"method": method, "kl": kl.mean().item(), "gold": gold.mean().item()}
-            self.frontier.append({**point, "step": int(path.name.partition("-")[2]) if path != run else None})
+        for path in sorted((run / "checkpoints").glob("step-*")):
+            _, gold, _, _, kl = self.judge(path, prompts)
+            step = int(path.name.removeprefix("step-"))
+            self.frontier.append({"method": method, "step": step, "kl": kl.mean().item(), "gold": gold.mean().item()})
+        samples, gold, proxy, lengths, kl = self.judge(run, prompts)
+        self.frontier.append({"method": method, "step": None, "kl": kl.mean().item(), "gold": gold.mean().item()})
         self.add(method, gold.mean(-1), proxy.mean(-1), kl.mean(-1), lengths.mean(-1))
         for i, text in enumerate(self.texts):
             text["answers"][method] = self.answer(samples, i, 0, gold, proxy)
         drop_checkpoints(run)
+
+    def judge(self, path: Path, prompts: Sequence[Prompt]) -> tuple[Samples, Any, Any, Any, Any]:
+        """Samples of a saved policy, their gold and proxy rewards, lengths and KL, `[prompts, answers]` each."""
+        from trimtab.models import load_policy
+
+        policy = load_policy(str(path), dtype=self.config.dtype, device=self.config.device)
+        samples = draw(policy, prompts, EVALUATION_ANSWERS, self.config)
+        return samples, *self.measures(samples), self.kl(policy, samples)
 
     def measures(self, samples: Samples) -> tuple[Any, Any, Any]:
         """Gold reward, proxy reward and length in tokens of every answer, each `[prompts, answers]` in float64."""

@@ -52,7 +52,7 @@ def reward(config: Reward) -> dict[str, float]:
     loss = combine(RANKING_LOSSES if ranked else REWARD_LOSSES, name, config.loss_args)
     kind, collate = (Ranking, ranking_batch) if ranked else (Preference, pair_batch)
     loaded = training.read_parts(config.data, kind)
-    model = training.load(load_scalar, config, new_head=True, seed=config.run.seed)
+    model = training.load(load_scalar, config, new_head=True)
     items, facts = training.encode_parts(loaded, partial(encode, model.tokenizer), config.data, collate, model.pad_id)
     run = training.open_run("reward", config, facts)
     objective = RankingObjective(loss) if ranked else RewardObjective(loss)

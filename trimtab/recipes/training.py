@@ -110,9 +110,14 @@ def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
         trust_remote_code=model.trust_remote_code,
         lora_rank=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
+        seed=config.run.seed,
         **arguments,
     )
+    share = config.steps.share_prompts and loaded.body.can_lay_out
+    loaded.body.use_layout(share=share, capacity=config.data.max_length if getattr(config, "packing", False) else 0)
     console.print(f"{model.model} on {loaded.device}: {loaded.arithmetic.why}")
+    if config.steps.share_prompts and not share:
+        console.print(f"{model.model} cannot run answers with one prompt together: every row runs alone.")
     return loaded
 
 
