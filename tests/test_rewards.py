@@ -16,7 +16,7 @@ import yaml
 from trimtab import rewards
 from trimtab.batches import Tokens
 from trimtab.builtin import tiny_policy
-from trimtab.models import Policy
+from trimtab.models import Policy, load_scalar
 from trimtab.records import Prompt
 from trimtab.rewards import RULES, ImplicitReward, ModelReward, RuleReward, checked, implicit_source, parse_reward
 from trimtab.tokens import encode_answer, pad
@@ -134,6 +134,29 @@ def test_implicit_reward_is_beta_times_the_log_ratio(policy: Policy) -> None:
     tokens = pad([encode_answer(policy.tokenizer, TEXT, "some words")], policy.pad_id)
     ratio = policy.logprobs(tokens).sum() - other.logprobs(tokens).sum()
     assert value == pytest.approx(0.5 * float(ratio.detach()), abs=1e-5) and value != 0
+
+
+def test_saved_reward_model_is_a_reward(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "start")
+    trained = load_scalar(tmp_path / "start", new_head=True, dtype="float32", device="cpu")
+    trained.save(tmp_path / "reward")
+    reward = parse_reward(str(tmp_path / "reward"), dtype="float32", device="cpu")
+    rows = [encode_answer(policy.tokenizer, prompt, answer) for prompt, answer in [(TEXT, "good"), (CHAT, "bad one")]]
+    expected = [float(trained.scores(pad([row], policy.pad_id)).detach()) for row in rows]
+    assert reward([TEXT, CHAT], ["good", "bad one"]) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="head"):
+        parse_reward(str(tmp_path / "start"))
+
+
+def test_run_of_a_policy_is_an_implicit_reward(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "start")
+    tiny_policy(seed=1).save(tmp_path / "run" / "model")
+    run = written_run(tmp_path / "run", model=str(tmp_path / "start"), loss="dpo", loss_args=["beta=0.25"])
+    reward = parse_reward(f"implicit:{run}", dtype="float32", device="cpu")
+    literal = ImplicitReward("literal", tiny_policy(seed=1), policy, beta=0.25)
+    answers = ["one", "two words"]
+    assert reward([TEXT, CHAT], answers) == pytest.approx(literal([TEXT, CHAT], answers), abs=1e-5)
+    assert all(reward([TEXT, CHAT], answers))
 
 
 def written_run(folder: Path, **config: Any) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from trimtab import sampling
-from trimtab.builtin import tiny_policy
-from trimtab.models import Policy
+from trimtab.builtin import byte_tokenizer, tiny_policy
+from trimtab.models import Policy, make_policy
 from trimtab.records import Prompt
 from trimtab.sampling import Choice, Samples, draw, inverse_cdf, keep_top_k, keep_top_p, row_key, sample, uniforms
 from trimtab.tokens import decode, encode_prompt, eos_id
@@ -144,6 +155,54 @@ def test_greedy_is_what_transformers_generates(policy: Policy) -> None:
         assert responses(greedy)[row] == expected[0, ids.shape[1] :].tolist()
     assert not greedy.sampled_logprobs.any(), "greedy is certain of its token"
     assert (greedy.logprobs[greedy.tokens.response_mask] < 0).all()
+
+
+def other_family(name: str) -> PreTrainedModel:
+    sizes: dict[str, Any] = {
+        "vocab_size": len(byte_tokenizer()),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    torch.manual_seed(0)
+    match name:
+        case "learned positions":
+            return GPT2LMHeadModel(GPT2Config(**sizes))
+        case "sliding window":
+            narrow = {"num_key_value_heads": 1, "intermediate_size": 16, "sliding_window": 4}
+            return MistralForCausalLM(MistralConfig(**sizes, **narrow))
+    # Neither rotary nor learned: distances are added to the attention, so the padding must not count.
+    return BloomForCausalLM(BloomConfig(**{**sizes, "n_head": 2, "n_layer": 2}))
+
+
+@pytest.mark.parametrize("family", ["learned positions", "sliding window", "attention biases"])
+def test_other_families_sample_what_they_score(family: str) -> None:
+    model = make_policy(other_family(family), byte_tokenizer(), dtype="float32", device="cpu")
+    drawn = sample(model, PROMPTS, 3, max_new_tokens=12, seed=0, temperature=0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(drawn.logprobs, model.logprobs(drawn.tokens), atol=1e-4, rtol=1e-4)
+    alone = sample(model, PROMPTS, 3, max_new_tokens=12, seed=0, temperature=0.5, batch_rows=1)
+    assert torch.equal(alone.tokens.ids, drawn.tokens.ids)
+
+
+def test_adapter_is_sampled_from() -> None:
+    adapted = tiny_policy(lora_rank=2)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+        drawn = sample(adapted, PROMPTS, 2, max_new_tokens=6)
+        torch.testing.assert_close(drawn.logprobs, adapted.logprobs(drawn.tokens), atol=1e-4, rtol=1e-4)
+        assert (drawn.logprobs - adapted.reference().logprobs(drawn.tokens)).abs().max() > 0.1
+
+
+def test_half_precision_samples_stay_close_to_what_is_scored() -> None:
+    half = tiny_policy(dtype="bfloat16")
+    drawn = sample(half, PROMPTS, 3, max_new_tokens=12)
+    with torch.no_grad():
+        off = (drawn.logprobs - half.logprobs(drawn.tokens)).abs()[drawn.tokens.response_mask]
+    assert float(off.mean()) < 0.02
 
 
 def test_stop_token_ends_an_answer_and_belongs_to_it(policy: Policy) -> None:

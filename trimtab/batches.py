@@ -44,8 +44,8 @@ class Mean:
 
     def item(self) -> float:
         """The mean as a Python number; NaN when nothing was counted."""
-        count = float(self.count)
-        return float(self.total) / count if count else float("nan")
+        count = self.count.item()
+        return self.total.item() / count if count else float("nan")
 
     @classmethod
     def of(cls, values: Tensor, weights: Tensor | None = None) -> Mean:

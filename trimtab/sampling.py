@@ -4,8 +4,8 @@
   leave the batch.
 - A token is drawn by inverse CDF from one uniform number, which a counter-based generator makes from (seed, prompt,
   answer, position). So an answer does not depend on the batch it was drawn in, nor on the order of the prompts, and
-  the first 4 of 8 answers are the 4 that `n=4` gives. Exact but for rounding: a float32 model gives other last digits
-  in other batches, which moves a draw about once in 100,000 tokens; in bf16 that is frequent.
+  the first 4 of 8 answers are the 4 that `n=4` gives. Exact but for rounding: other batches give other last
+  digits, which moves a draw that falls on the edge between two tokens; rare in float32, frequent in bf16.
 """
 
 from __future__ import annotations
