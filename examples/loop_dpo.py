@@ -20,7 +20,7 @@ policy, tokenizer = tiny()
 policy.eval()  # no dropout: policy and reference agree before the first step
 reference = copy.deepcopy(policy).requires_grad_(False)
 
-# ---- Data: (prompt, chosen, rejected), in the same words for training and other words for the held-out pairs
+# ---- Data: (prompt, chosen, rejected); the held-out pairs are about other words than the training pairs
 
 
 def make_pair(word: str) -> tuple[str, str, str]:

@@ -170,7 +170,7 @@ def other_family(name: str) -> PreTrainedModel:
         case "learned positions":
             return GPT2LMHeadModel(GPT2Config(**sizes))
         case "sliding window":
-            narrow = {"num_key_value_heads": 1, "intermediate_size": 16, "sliding_window": 4}
+            narrow: dict[str, Any] = {"num_key_value_heads": 1, "intermediate_size": 16, "sliding_window": 4}
             return MistralForCausalLM(MistralConfig(**sizes, **narrow))
     # Neither rotary nor learned: distances are added to the attention, so the padding must not count.
     return BloomForCausalLM(BloomConfig(**{**sizes, "n_head": 2, "n_layer": 2}))
@@ -192,7 +192,9 @@ def test_adapter_is_sampled_from() -> None:
         for name, parameter in adapted.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
+        trained = {id(weight) for weight in adapted.trainable_parameters()}
         drawn = sample(adapted, PROMPTS, 2, max_new_tokens=6)
+        assert {id(weight) for weight in adapted.trainable_parameters()} == trained
         torch.testing.assert_close(drawn.logprobs, adapted.logprobs(drawn.tokens), atol=1e-4, rtol=1e-4)
         assert (drawn.logprobs - adapted.reference().logprobs(drawn.tokens)).abs().max() > 0.1
 

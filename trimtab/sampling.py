@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +132,7 @@ def sample(
     # Prompts of similar length together: little padding. Answers of one prompt stay neighbours (the sort is stable).
     by_length = sorted(answers, key=lambda answer: len(answer.prompt))
     bar = progress_bar("sample", len(answers)) if progress else nullcontext(lambda count: None)
-    # One autocast context around all steps: its bf16 copies of the weights live as long as the outermost context.
-    with torch.no_grad(), policy.precision(), bar as advance:
+    with torch.no_grad(), weights_cast_once(policy), bar as advance:
         for start in range(0, len(by_length), batch_rows):
             write(policy, by_length[start : start + batch_rows], choice, max_new_tokens, stop, advance)
     return collect(policy, prompts, n, answers, stop)
@@ -181,6 +180,24 @@ def default_stop_ids(policy: Policy) -> frozenset[int]:
     """The ids that end an answer of this policy."""
     config = getattr(policy.model, "generation_config", None)
     return tokenizer_stop_ids(policy.tokenizer, getattr(config, "eos_token_id", None))
+
+
+@contextmanager
+def weights_cast_once(policy: Policy) -> Iterator[None]:
+    """The policy's precision, with the copies of the weights that it computes with made once and not at every step.
+
+    Autocast keeps a copy until the outermost context ends, and only of a weight that requires a gradient; so the frozen
+    weights under an adapter say that they do for a while. Run it without gradients.
+    """
+    frozen = [weight for weight in policy.model.parameters() if not weight.requires_grad and weight.is_floating_point()]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        with policy.precision():
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 # ---- The loop
