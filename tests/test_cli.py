@@ -128,6 +128,13 @@ MISTAKES = {
     "unknown argument": (["dpo", "--data", "{pairs}", "--loss-args", "bata=1"], r"bata.*beta"),
     "argument out of range": (["dpo", "--data", "{pairs}", "--loss-args", "beta=-1"], r"beta"),
     "inert reference arguments": (["dpo", "--data", "{pairs}", "--reference-args", "alpha=1"], r"moving"),
+    "a reference that nothing reads": (
+        ["dpo", "--data", "{pairs}", "--loss", "simpo", "--reference", "live"],
+        r"simpo",
+    ),
+    "a reference that never moves": (["dpo", "--data", "{pairs}", "--reference", "moving"], r"every=512.*never"),
+    "steps and epochs": (["dpo", "--data", "{pairs}", "--steps", "3", "--epochs", "1"], r"--epochs"),
+    "evaluation without data": (["dpo", "--data", "{pairs}", "--eval-every", "3"], r"--eval-data"),
     "too long": (["dpo", "--data", "{pairs}", "--max-length", "8"], r"--overlong"),
     "no rows left": (["dpo", "--data", "{pairs}", "--max-length", "8", "--overlong", "drop"], r"nothing is left"),
     "no steps": (["dpo", "--data", "{pairs}", "--steps", "0"], r"--steps 0"),

@@ -3,7 +3,7 @@
 Shape glossary: `B` rows (sequences), `T` tokens, `P` items (prompts, pairs, rankings), `V` vocabulary.
 
 - Index `t` of every per-token tensor `[B, T]` is about token `t`; the next-token shift happens in one function only
-  (`trimtab.models`).
+  (`trimtab.bodies.predicting`).
 - Related rows are neighbours: the rows of a pair are chosen, rejected, chosen, rejected, ...
 - The items of a batch are what `--batch-size` counts; `select` takes items, never rows.
 """

@@ -49,9 +49,7 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics = self._accumulate(batch)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(loss.count)
+        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], loss.count)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         _check_finite(loss=loss.item(), grad_norm=grad_norm.item())
         lr = self.optimizer.param_groups[0]["lr"]
@@ -162,7 +160,7 @@ def make_optimizer(parameters: Sequence[Tensor], *, lr: float, weight_decay: flo
     matrices = [p for p in parameters if p.ndim > 1]
     vectors = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 
 def make_schedule(

@@ -5,7 +5,7 @@ All three `attach` to a batch; an objective cannot tell them apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.batches import PerToken, Referenced, Tokens, move
 from trimtab.progress import progress_bar
-from trimtab.tokens import Encoded, Row, pad
+from trimtab.tokens import Encoded, pad
 
 
 class Scorer(Protocol):
@@ -37,7 +37,7 @@ class Reference(Protocol):
 class StoredReference:
     """Log-probabilities computed once: `logprobs[i]` holds one tensor per row of item `i`."""
 
-    logprobs: Sequence[Sequence[Tensor]]
+    logprobs: Mapping[int, Sequence[Tensor]]
 
     def attach(self, batch: Any, items: Sequence[int]) -> Referenced:
         rows = [row for item in items for row in self.logprobs[item]]
@@ -69,20 +69,35 @@ class NoReference:
 
 
 @torch.no_grad()
-def store(scorer: Scorer, items: Sequence[Encoded], *, pad_id: int, max_rows: int) -> StoredReference:
-    """Score every row of every item once, rows of similar length together."""
-    rows: list[Row] = [row for item in items for row in item.rows]
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    with progress_bar("reference log-probabilities", len(rows)) as advance:
-        for start in range(0, len(rows), max_rows):
-            chosen = by_length[start : start + max_rows]
-            logprobs = scorer.logprobs(move(pad([rows[i] for i in chosen], pad_id), scorer.device)).cpu()
-            for i, values in zip(chosen, logprobs, strict=True):
-                found[i] = values[: len(rows[i].ids)].clone()
+def store(
+    scorer: Scorer, items: Sequence[Encoded], *, pad_id: int, max_rows: int, wanted: Collection[int] | None = None
+) -> StoredReference:
+    """Score every row of every item, or of the `wanted` ones, once.
+
+    Items of similar length run together, and the rows of an item always do.
+    """
+    by_length = sorted(range(len(items)) if wanted is None else wanted, key=lambda i: (items[i].longest, i))
+    found: dict[int, list[Tensor]] = {i: [] for i in by_length}
+    with progress_bar("reference log-probabilities", len(by_length)) as advance:
+        for chosen in item_batches(items, by_length, max_rows):
+            rows = [(i, row) for i in chosen for row in items[i].rows]
+            logprobs = scorer.logprobs(move(pad([row for _, row in rows], pad_id), scorer.device)).cpu()
+            for (i, row), values in zip(rows, logprobs, strict=True):
+                found[i].append(values[: len(row.ids)].clone())
             advance(len(chosen))
-    remaining = iter(found)
-    return StoredReference([[next(remaining) for _ in item.rows] for item in items])
+    return StoredReference(found)
+
+
+def item_batches(items: Sequence[Encoded], order: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Consecutive items of `order` with at most `max_rows` rows together (or one item, where it has more)."""
+    batch: list[int] = []
+    for i in order:
+        if batch and sum(len(items[k].rows) for k in [*batch, i]) > max_rows:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def moving(

@@ -11,6 +11,8 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -162,11 +164,10 @@ def load_function(text: str) -> FunctionReward:
     module_name, _, function_name = text.removeprefix("py:").partition(":")
     if not module_name or not function_name:
         raise ValueError(f"reward {text!r} is not of the form py:package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     if not module_exists(module_name):
-        raise ValueError(
-            f"reward {text!r}: there is no module {module_name}. Its folder must be on Python's path: "
-            "type PYTHONPATH=. before the command if it is the current one."
-        )
+        raise ValueError(f"reward {text!r}: there is no module {module_name}, neither here nor on Python's path.")
     function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
         raise ValueError(f"reward {text!r}: module {module_name} has no function {function_name}")

@@ -11,8 +11,7 @@ from trimtab.recipes.options import (
     ModelOptions,
     RunOptions,
     StepOptions,
-    check_out,
-    check_steps,
+    check_options,
 )
 
 
@@ -49,17 +48,17 @@ def dpo(config: Dpo) -> None:
     from trimtab.records import Preference
     from trimtab.tokens import encode, pair_batch
 
-    check_steps(config.steps)
-    check_out(config.run)
+    check_options(config)
     objective = PreferenceObjective(combine(ALL_LOSSES, config.loss, config.loss_args))
-    training.check_reference(config)
+    training.check_reference(config, needed=objective.reads_reference)
     loaded = training.read_parts(config.data, Preference)
     policy = training.load(load_policy, config)
     items, facts = training.encode_parts(
         loaded, partial(encode, policy.tokenizer), config.data, pair_batch, policy.pad_id
     )
-    run = training.open_run("dpo", config, facts)
-    items, follow = training.with_reference(items, policy, config, needed=objective.reads_reference)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
+    training.check_moves(config, steps)
+    run = training.open_run("dpo", config, facts)
+    items, follow = training.with_reference(items, policy, config, needed=objective.reads_reference, steps=steps)
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps, follow=follow)

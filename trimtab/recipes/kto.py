@@ -11,8 +11,7 @@ from trimtab.recipes.options import (
     ModelOptions,
     RunOptions,
     StepOptions,
-    check_out,
-    check_steps,
+    check_options,
 )
 
 
@@ -47,16 +46,15 @@ def kto(config: Kto) -> None:
     from trimtab.records import Feedback
     from trimtab.tokens import encode_feedback, feedback_batch
 
-    check_steps(config.steps)
-    check_out(config.run)
+    check_options(config)
     objective = FeedbackObjective(combine(UNPAIRED_LOSSES, config.loss, config.loss_args))
-    training.check_reference(config)
+    training.check_reference(config, needed=True)
     loaded = training.read_parts(config.data, Feedback)
     policy = training.load(load_policy, config)
     encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
     items, facts = training.encode_parts(loaded, encoder, config.data, feedback_batch, policy.pad_id)
     run = training.open_run("kto", config, facts)
-    items, _ = training.with_reference(items, policy, config, needed=True)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
+    items, _ = training.with_reference(items, policy, config, needed=True, steps=steps)
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps)

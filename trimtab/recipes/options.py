@@ -61,8 +61,8 @@ class StepOptions:
     """Peak learning rate of AdamW."""
     steps: int | None = None
     """Optimizer steps; instead of --epochs."""
-    epochs: float = 1.0
-    """Passes over the data when --steps is not given."""
+    epochs: float | None = None
+    """Passes over the data; 1 unless --steps is given."""
     batch_size: int = 16
     """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
     micro_batch_rows: int = 16
@@ -104,6 +104,17 @@ def flatten(config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
+def check_options(config: Any) -> None:
+    """Refuse what cannot be done or would have no effect, before anything is read."""
+    check_steps(config.steps)
+    check_out(config.run)
+    if config.run.eval_every and config.data.eval_data is None:
+        raise ValueError(f"--eval-every {config.run.eval_every} has no effect without --eval-data.")
+    for flag, value in {"--eval-every": config.run.eval_every, "--save-every": config.run.save_every}.items():
+        if value < 0:
+            raise ValueError(f"{flag} {value}: a number of steps is needed, or 0.")
+
+
 def check_steps(options: StepOptions) -> None:
     """Refuse numbers that cannot mean anything, by the name of their flag."""
     at_least_one = {"--batch-size": options.batch_size, "--micro-batch-rows": options.micro_batch_rows}
@@ -112,7 +123,9 @@ def check_steps(options: StepOptions) -> None:
     for flag, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")
-    if options.epochs <= 0:
+    if options.epochs is not None and options.steps is not None:
+        raise ValueError(f"--steps {options.steps} and --epochs {options.epochs}: give one of them.")
+    if options.epochs is not None and options.epochs <= 0:
         raise ValueError(f"--epochs {options.epochs}: more than 0 is needed.")
     if not 0 <= options.warmup <= 1:
         raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")

@@ -55,7 +55,7 @@ class Quickstart:
     """P(first is labelled better) = sigmoid(coin * (gold(first) - gold(second))); gold lies in [-1, 1]."""
     beta: float = 0.1
     """DPO's beta."""
-    lr: float = 1e-5
+    lr: float = 2e-5
     """Learning rate of DPO."""
     epochs: float = 2.0
     """DPO's passes over the pairs."""
@@ -191,7 +191,7 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=8, epochs=1),
+            steps=StepOptions(lr=config.reward_lr, batch_size=8),
         )
     )
 
@@ -334,7 +334,7 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
         run.append("samples.jsonl", text)
     runs = [run.directory / name for name in ("reward", "dpo") if (run.directory / name).exists()]
     page = write_report(runs, run.directory / "report.html", summary=summary)
-    print_table(summary, Console(highlight=False))
+    print_table(summary, Console(highlight=False, soft_wrap=True, width=max(100, console.width)))
     console.print(f"summary: {run.directory / 'summary.json'}\nreport: {page}")
 
 

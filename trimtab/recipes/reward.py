@@ -10,8 +10,7 @@ from trimtab.recipes.options import (
     ModelOptions,
     RunOptions,
     StepOptions,
-    check_out,
-    check_steps,
+    check_options,
 )
 
 
@@ -45,8 +44,7 @@ def reward(config: Reward) -> dict[str, float]:
     from trimtab.records import Preference, Ranking
     from trimtab.tokens import encode, pair_batch, ranking_batch
 
-    check_steps(config.steps)
-    check_out(config.run)
+    check_options(config)
     ranked = config.loss in RANKING_LOSSES if config.loss else data.kind_of(config.data.data) is Ranking
     name = config.loss or ("grouped" if ranked else "bradley_terry")
     loss = combine(RANKING_LOSSES if ranked else REWARD_LOSSES, name, config.loss_args)

@@ -11,8 +11,7 @@ from trimtab.recipes.options import (
     ModelOptions,
     RunOptions,
     StepOptions,
-    check_out,
-    check_steps,
+    check_options,
 )
 
 
@@ -41,8 +40,7 @@ def sft(config: Sft) -> None:
     from trimtab.records import Demonstration
     from trimtab.tokens import demonstration_batch, encode
 
-    check_steps(config.steps)
-    check_out(config.run)
+    check_options(config)
     loaded = training.read_parts(config.data, Demonstration)
     policy = training.load(load_policy, config)
     encoder = partial(encode, policy.tokenizer, turns=config.turns)

@@ -16,7 +16,7 @@ from trimtab import data
 from trimtab.batches import batch_indices, move
 from trimtab.evals.intervals import wilson
 from trimtab.learner import Learner, make_optimizer, make_schedule
-from trimtab.losses.arguments import check_arguments, parse_arguments
+from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
 from trimtab.models import load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
@@ -147,8 +147,10 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     console.print(f"{path}: {count} rows")
 
 
-def check_reference(config: Any) -> None:
+def check_reference(config: Any, *, needed: bool) -> None:
     """Refuse reference options that would have no effect or cannot work together."""
+    if not needed and (config.reference != "stored" or config.ref_model):
+        raise ValueError(f"--loss {config.loss} reads no reference, so --reference and --ref-model have no effect.")
     arguments = getattr(config, "reference_args", ())
     if config.reference != "moving" and arguments:
         raise ValueError(f"--reference-args {' '.join(arguments)}: only --reference moving has arguments.")
@@ -158,8 +160,17 @@ def check_reference(config: Any) -> None:
             raise ValueError("--reference moving needs full fine-tuning: adapters cannot be averaged factor by factor.")
 
 
+def check_moves(config: Any, steps: int) -> None:
+    """Refuse a moving reference that would stand still for the whole run."""
+    if config.reference == "moving":
+        given = check_arguments(moving, parse_arguments(config.reference_args))
+        every = given.get("every", defaults(moving)["every"])
+        if every >= steps:
+            raise ValueError(f"every={every}: the reference would never move in {steps} steps. Give a smaller one.")
+
+
 def with_reference(
-    items: Mapping[str, Items], policy: Any, config: Any, *, needed: bool
+    items: Mapping[str, Items], policy: Any, config: Any, *, needed: bool, steps: int
 ) -> tuple[dict[str, Items], Callable[[Iterator[Any]], Iterator[Any]]]:
     """Items whose batches carry the reference's log-probabilities, and what keeps a moving reference moving."""
     if not needed:
@@ -176,6 +187,11 @@ def with_reference(
     if config.reference == "live":
         return items, lambda batches: batches
     arguments = check_arguments(moving, parse_arguments(config.reference_args))
+    every = arguments.get("every", defaults(moving)["every"])
+    if every >= steps:
+        raise ValueError(
+            f"the reference would never move: every={every}, and there are {steps} steps. Give a smaller one."
+        )
     update = partial(blend, scorer.model, policy.model)
     return items, lambda batches: moving(batches, update, **arguments)
 
@@ -235,7 +251,7 @@ def normalize(model: Any, items: Items, options: StepOptions) -> None:
 
 def total_steps(options: StepOptions, items: int) -> int:
     """`--steps`, or as many as `--epochs` needs."""
-    return options.steps or math.ceil(math.ceil(items / options.batch_size) * options.epochs)
+    return options.steps or math.ceil(math.ceil(items / options.batch_size) * (options.epochs or 1))
 
 
 def make_learner(model: Any, objective: Objective, options: StepOptions, steps: int) -> Learner:

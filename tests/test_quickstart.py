@@ -1,0 +1,97 @@
+"""The whole chain on the tiny model, as `make demo MODEL=tiny` runs it, and the arithmetic of its labels."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from trimtab.batches import Tokens
+from trimtab.cli import main
+from trimtab.recipes.quickstart import Quickstart, labelled_pairs, with_sizes
+from trimtab.records import Prompt
+from trimtab.sampling import Samples
+
+METHODS = ["start", "best-of-16", "dpo"]
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("demo") / "quickstart"
+    assert main(["quickstart", "--model", "tiny", "--out", str(out), "--prompts", "12", "--held-out-prompts", "4"]) == 0
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def test_every_method_has_its_figures_with_intervals(summary: tuple[Path, dict]) -> None:
+    _, told = summary
+    assert [row["method"] for row in told["methods"]] == METHODS
+    for row in told["methods"]:
+        for name in ("gold", "proxy", "kl", "length", "gold_gain"):
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+    start, best, dpo = told["methods"]
+    assert start["kl"]["value"] == 0 and start["gold_gain"]["value"] == 0
+    assert best["kl"]["value"] == pytest.approx(math.log(16) - 15 / 16)
+    assert best["proxy"]["value"] > start["proxy"]["value"]
+    assert dpo["kl"]["value"] > 0
+
+
+def test_the_page_the_texts_and_the_frontier_are_there(summary: tuple[Path, dict]) -> None:
+    out, told = summary
+    page = (out / "report.html").read_text()
+    assert told["texts"][0]["prompt"] and set(told["texts"][0]["answers"]) == set(METHODS)
+    assert "best of 16" in page.lower().replace("-", " ") and len(told["commands"]) >= 5
+    points = [point for point in told["frontier"] if point["method"] == "best-of-n"]
+    assert [point["n"] for point in points] == [1, 2, 4, 8, 16]
+    assert points[0]["gold"] == pytest.approx(told["methods"][0]["gold"]["value"])
+    assert any(point["method"] == "dpo" and point["step"] for point in told["frontier"])
+
+
+def test_what_quickstart_leaves_works_as_input(summary: tuple[Path, dict], tmp_path: Path) -> None:
+    out, _ = summary
+    scored = str(tmp_path / "scored.jsonl")
+    assert (
+        main(["score", "--reward", str(out / "reward"), "--data", str(out / "pairs-heldout.jsonl"), "--out", scored])
+        == 0
+    )
+    train, held_out = ((out / f"pairs-{part}.jsonl").read_text().splitlines() for part in ("train", "heldout"))
+    prompts = [{json.dumps(json.loads(line)["prompt"]) for line in part} for part in (train, held_out)]
+    assert not prompts[0] & prompts[1]
+
+
+def samples_of(texts: list[str], n: int) -> Samples:
+    count = len(texts)
+    empty = torch.zeros(count, 1, dtype=torch.bool)
+    tokens = Tokens(torch.zeros(count, 1, dtype=torch.long), empty, empty)
+    prompts = tuple(Prompt.from_user(f"p{i}") for i in range(count // n))
+    nothing = torch.zeros(count, 1)
+    return Samples(prompts, n, tokens, nothing, nothing, texts, torch.ones(count, dtype=torch.bool))
+
+
+def test_the_coin_follows_bradley_terry() -> None:
+    class Gold:
+        name = "gold"
+
+        def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
+            return [{"good": 0.3, "bad": 0.1}[response.split()[0]] for response in responses]
+
+    config = with_sizes(Quickstart(coin=5.0))
+    pairs = labelled_pairs(samples_of(["good a", "bad b"] * 4000, 2), Gold(), config)
+    share = Counter(pair.chosen.split()[0] for pair in pairs)["good"] / len(pairs)
+    assert len(pairs) == 4000
+    assert share == pytest.approx(1 / (1 + math.exp(-5 * 0.2)), abs=0.025)  # three standard errors
+
+
+def test_equal_answers_are_no_pair_and_pairs_stay_within_a_prompt() -> None:
+    class Gold:
+        name = "gold"
+
+        def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
+            return [0.0] * len(responses)
+
+    pairs = labelled_pairs(samples_of(["same", "same", "odd", "x", "y", "odd"], 3), Gold(), with_sizes(Quickstart()))
+    assert all({pair.chosen, pair.rejected} != {"same"} for pair in pairs)
+    assert {(pair.prompt.text, frozenset((pair.chosen, pair.rejected))) for pair in pairs} == {
+        ("p1", frozenset(("x", "y")))
+    }
