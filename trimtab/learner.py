@@ -49,7 +49,9 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics = self._accumulate(batch)
-        torch._foreach_div_([p.grad for p in self.parameters if p.grad is not None], loss.count)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(loss.count)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         _check_finite(loss=loss.item(), grad_norm=grad_norm.item())
         lr = self.optimizer.param_groups[0]["lr"]

@@ -156,8 +156,9 @@ def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> list[P
     asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
     scores = gold(asked, samples.texts)
     pairs = []
-    for i in range(0, len(asked) - 1, 2):
-        if i % samples.n == samples.n - 1 or samples.texts[i] == samples.texts[i + 1]:
+    firsts = [start + i for start in range(0, len(asked), samples.n) for i in range(0, samples.n - 1, 2)]
+    for i in firsts:
+        if samples.texts[i] == samples.texts[i + 1]:
             continue
         first_wins = coin.random() < 1 / (1 + math.exp(-config.coin * (scores[i] - scores[i + 1])))
         chosen, rejected = (i, i + 1) if first_wins else (i + 1, i)
