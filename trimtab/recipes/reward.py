@@ -28,7 +28,7 @@ class Reward:
     loss_args: tuple[str, ...] = ()
     """Hyperparameters of the loss, name=value."""
     normalize: bool = True
-    """Scale the trained head so that scores of the training answers have standard deviation 1."""
+    """Scale the trained head so that scores have standard deviation 1 on the first 256 items; changes no ranking."""
 
 
 def reward(config: Reward) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trimtab import data
-from trimtab.batches import batch_indices, move
+from trimtab.batches import batch_indices
 from trimtab.evals.intervals import wilson
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
@@ -235,16 +235,15 @@ def train(
     return evaluation
 
 
+NORMALIZE_ITEMS = 256
+
+
 @torch.no_grad()
 def normalize(model: Any, items: Items, options: StepOptions) -> None:
-    """Scale the head of a reward model so that its scores of these items have standard deviation 1."""
-    scores = torch.cat(
-        [
-            model.scores(move(batch.tokens, model.device)).float().cpu()
-            for batch in items.in_order(max(1, options.micro_batch_rows // 2))
-        ]
-    )
-    spread = scores.std().item()
+    """Scale the head of a reward model so that its scores of the first items have standard deviation 1."""
+    few = replace(items, encoded=items.encoded[:NORMALIZE_ITEMS])
+    batches = few.in_order(max(1, options.micro_batch_rows // 2))
+    spread = torch.cat([model.scores(batch.tokens).cpu() for batch in batches]).std().item()
     if spread > 0:
         model.scale_by(1 / spread)
 
