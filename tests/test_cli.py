@@ -134,6 +134,16 @@ MISTAKES = {
     ),
     "a reference that never moves": (["dpo", "--data", "{pairs}", "--reference", "moving"], r"every=512.*never"),
     "steps and epochs": (["dpo", "--data", "{pairs}", "--steps", "3", "--epochs", "1"], r"--epochs"),
+    "epochs without end": (["dpo", "--data", "{pairs}", "--epochs", "inf"], r"--epochs inf"),
+    "empty data": (["dpo", "--data", ""], r"--data is empty"),
+    "no decay": (["dpo", "--data", "{pairs}", "--weight-decay", "nan"], r"--weight-decay"),
+    "reference that stands": (
+        ["dpo", "--data", "{pairs}", "--reference", "moving", "--reference-args", "every=0"],
+        r"every",
+    ),
+    "no such reference": (["dpo", "--data", "{pairs}", "--ref-model", "./nowhere"], r"nowhere"),
+    "a batch of one": (["kto", "--data", "{pairs}", "--batch-size", "1"], r"at least 2"),
+    "device of another kind": (["dpo", "--data", "{pairs}", "--device", "meta"], r"--device meta"),
     "evaluation without data": (["dpo", "--data", "{pairs}", "--eval-every", "3"], r"--eval-data"),
     "too long": (["dpo", "--data", "{pairs}", "--max-length", "8"], r"--overlong"),
     "no rows left": (["dpo", "--data", "{pairs}", "--max-length", "8", "--overlong", "drop"], r"nothing is left"),
@@ -182,7 +192,7 @@ def test_unknown_command_and_near_misses(capsys: pytest.CaptureFixture[str]) -> 
 def test_config_files_expand_to_flags_that_the_command_line_overrides(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("command: dpo\nlr: 1e-5\nloss_args: [beta=0.2]\nskip_invalid: true\nsteps: null\n")
-    assert expand_config(Dpo, ["--config", str(path), "--lr", "2"]) == [
+    assert expand_config(Dpo, ["--config", str(path), "--lr", "2"], "dpo") == [
         "--loss-args", "beta=0.2", "--skip-invalid", "--lr", "2",
     ]  # fmt: skip
 
@@ -207,3 +217,38 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     ).stdout
     assert time.perf_counter() - began < 2  # half a second on an idle machine; tests share theirs
     assert "quickstart" in shown and shown.strip().endswith("[]")
+
+
+def test_a_run_is_never_replaced_by_a_run_on_itself(pairs: str, tmp_path: Path) -> None:
+    train("dpo", pairs, tmp_path / "run")
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    run = str(tmp_path / "run")
+    for flags in (["--model", run], ["--model", "tiny", "--ref-model", run]):
+        assert main(["dpo", *flags, "--data", pairs, "--out", run, "--overwrite", *FAST]) == 2
+    assert main(["report", run, "--out", pairs]) == 2
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_answers_that_were_cut_claim_no_end(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Say 1.", "chosen": "old", "rejected": "older"}])
+    out = str(tmp_path / "answers.jsonl")
+    assert main(["generate", "--model", "tiny", "--data", prompts, "--out", out, "--max-new-tokens", "3"]) == 0
+    [row] = [json.loads(line) for line in Path(out).read_text().splitlines()]
+    assert row["finished"] is False and "chosen" not in row
+    from trimtab import data
+    from trimtab.models import load_tokenizer
+    from trimtab.records import Demonstration
+    from trimtab.tokens import encode, eos_id
+
+    tokenizer = load_tokenizer("tiny")
+    [cut] = data.load(out, Demonstration).records
+    [item], _ = encode(tokenizer, [cut], max_length=100)
+    assert item.rows[0].ids[-1] != eos_id(tokenizer) and item.rows[0].response[-1]
+
+
+def test_a_policy_run_leaves_texts_to_read(pairs: str, tmp_path: Path) -> None:
+    train("dpo", pairs, tmp_path / "run", "--samples", "2")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 0, 3, 3] and rows[0]["prompt"] == rows[2]["prompt"]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["arithmetic"] and environment["device"] == "cpu"

@@ -165,13 +165,21 @@ def written_run(folder: Path, **config: Any) -> str:
 
 
 def test_implicit_reward_reads_the_run(tmp_path: Path) -> None:
-    run = written_run(tmp_path, command="dpo", model="start", loss="ipo", loss_args=["tau=0.3"])
+    run = written_run(tmp_path, command="dpo", model="start", loss="ipo", loss_args=["tau=0.3", "average=false"])
     source = implicit_source(f"implicit:{run}")
     assert (source.policy, source.reference, source.beta) == (run, "start", 0.3)
     assert implicit_source(f"implicit:{run},beta=2,reference=other").reference == "other"
     assert implicit_source(f"implicit:{run},beta=2").beta == 2
     written_run(tmp_path, command="dpo", model="start", loss="dpo", loss_args=[], ref_model="another")
     assert (implicit_source(f"implicit:{run}").beta, implicit_source(f"implicit:{run}").reference) == (0.1, "another")
+
+
+@pytest.mark.parametrize("loss", ["simpo", "ipo", "sft", "length_normalized_dpo"])
+def test_a_policy_that_was_not_trained_on_sums_of_log_ratios_has_no_beta(tmp_path: Path, loss: str) -> None:
+    run = written_run(tmp_path, command="dpo", model="start", **({} if loss == "sft" else {"loss": loss}), loss_args=[])
+    with pytest.raises(ValueError, match="beta=1"):
+        implicit_source(f"implicit:{run}")
+    assert implicit_source(f"implicit:{run},beta=2").beta == 2
 
 
 def test_implicit_reward_without_what_it_needs(tmp_path: Path) -> None:

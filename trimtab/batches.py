@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -273,20 +274,26 @@ def split(batch: Any, max_rows: int) -> Iterator[Any]:
     yield batch.select(torch.arange(start, batch.size))
 
 
-def epoch_order(size: int, *, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=2)
+def epoch_order(size: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of the items in an epoch: a function of (seed, epoch) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    return torch.randperm(size, generator=generator).tolist()
+    return tuple(torch.randperm(size, generator=generator).tolist())
+
+
+def batch_starts(size: int, batch_size: int) -> range:
+    """Where the batches of an epoch start. A single item left over joins the batch before it.
+
+    Losses that compare the items of a batch need two.
+    """
+    single = size % batch_size == 1 and size > batch_size
+    return range(0, size - 1 if single else size, batch_size)
 
 
 def batch_indices(size: int, batch_size: int, *, seed: int, steps: int) -> Iterator[list[int]]:
-    """The items of each step: epoch after epoch, each in its own order; an epoch's last batch may be smaller."""
-    step, epoch = 0, 0
-    while step < steps:
-        order = epoch_order(size, seed=seed, epoch=epoch)
-        for start in range(0, size, batch_size):
-            if step == steps:
-                return
-            yield order[start : start + batch_size]
-            step += 1
-        epoch += 1
+    """The items of each step: epoch after epoch, each in its own order; an epoch's last batch may differ in size."""
+    starts = batch_starts(size, batch_size)
+    ends = [*starts[1:], size]
+    for step in range(steps):
+        epoch, place = divmod(step, len(starts))
+        yield list(epoch_order(size, seed=seed, epoch=epoch)[starts[place] : ends[place]])

@@ -59,6 +59,8 @@ def layout_masks(config: PreTrainedConfig, layout: Layout) -> Tensor | dict[str,
         distance = layout.positions[:, None, :, None] - layout.positions[:, None, None, :]
         near = mask & (distance < window)
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"no mask is known for layers of kind {', '.join(sorted(unknown))}")
     masks = {kind: near if kind == "sliding_attention" else mask for kind in kinds}
     return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -98,11 +98,11 @@ def read_config(config: type, arguments: Sequence[str], *, prog: str, about: str
     import tyro
 
     description = f"{about[0].upper()}{about[1:]}.\n\n{(config.__doc__ or '').strip()}"
-    flags = expand_config(config, arguments)
+    flags = expand_config(config, arguments, prog.removeprefix("trimtab "))
     return tyro.cli(config, args=flags, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def expand_config(config: type, arguments: Sequence[str]) -> list[str]:
+def expand_config(config: type, arguments: Sequence[str], command: str) -> list[str]:
     """`--config FILE` written out as flags, in front of the others so that those win."""
     rest: list[str] = []
     flags: list[str] = []
@@ -112,11 +112,13 @@ def expand_config(config: type, arguments: Sequence[str]) -> list[str]:
             path = argument.partition("=")[2] or next(given, None)
             if path is None:
                 raise ValueError("--config needs a file, such as RUN/config.yaml.")
-            flags += flags_of_file(config, Path(path))
+            flags += flags_of_file(config, Path(path), command)
         else:
             rest.append(argument)
     overridden = {word.partition("=")[0].replace("_", "-").removeprefix("--no-") for word in rest if word[:2] == "--"}
     overridden = {word.removeprefix("--") for word in overridden}
+    if overridden & {"steps", "epochs"}:
+        overridden |= {"steps", "epochs"}  # two ways to say one thing: the command line's is meant
     return [flag for name, words in pairs_of(flags) if name not in overridden for flag in words] + rest
 
 
@@ -131,7 +133,7 @@ def pairs_of(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
     return grouped
 
 
-def flags_of_file(config: type, path: Path) -> list[str]:
+def flags_of_file(config: type, path: Path, command: str) -> list[str]:
     """The flags that a `config.yaml` stands for. Raises ValueError for keys that the command does not have."""
     import yaml
 
@@ -145,6 +147,8 @@ def flags_of_file(config: type, path: Path) -> list[str]:
         raise ValueError(f"--config {path} is not readable as YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: expected `flag: value` lines, found {type(loaded).__name__}.")
+    if loaded.get("command") not in (None, command):
+        raise ValueError(f"--config {path} is of `trimtab {loaded['command']}`, not of `trimtab {command}`.")
     known = field_names(config)
     unknown = sorted(str(key) for key in loaded if key not in known and key != "command")
     if unknown:

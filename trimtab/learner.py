@@ -49,6 +49,8 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics = self._accumulate(batch)
+        if not loss.count:
+            raise ValueError("nothing in this batch counts: all its weights are 0. Check the column `weight`.")
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(loss.count)

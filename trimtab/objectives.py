@@ -281,12 +281,17 @@ class FeedbackObjective:
     answer_loss: CombinedLoss
     across: bool = True
 
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether mismatched answers enter the loss; BCO has no KL term."""
+        return "kto" in self.answer_loss.names
+
     def outputs(self, policy: HasLogprobs, batch: Referenced[FeedbackBatch]) -> Unpaired:
         rows = torch.arange(len(batch.tokens), device=batch.tokens.ids.device).view(-1, 2)
         ref_logprob, ref_mismatched = batch.logprobs.sum(-1).view(-1, 2).unbind(-1)
         logprob = policy.logprobs(batch.tokens.select(rows[:, 0])).sum(-1)
         mismatched = ref_mismatched
-        if "kto" in self.answer_loss.names:
+        if self.reads_mismatched:
             with torch.no_grad():
                 mismatched = policy.logprobs(batch.tokens.select(rows[:, 1])).sum(-1)
         return Unpaired(logprob, ref_logprob, mismatched, ref_mismatched, batch.batch.desirable)
@@ -298,6 +303,7 @@ class FeedbackObjective:
             "rejected_logprob": Mean.of(outputs.logprob, unwanted),
             "chosen_log_ratio": Mean.of(outputs.log_ratio, wanted),
             "rejected_log_ratio": Mean.of(outputs.log_ratio, unwanted),
-            "kl": Mean.of(outputs.mismatched - outputs.ref_mismatched),
         }
+        if self.reads_mismatched:
+            metrics["kl"] = Mean.of(outputs.mismatched - outputs.ref_mismatched)
         return Mean.of(self.answer_loss(outputs), batch.batch.weights), metrics

@@ -70,6 +70,8 @@ def choose_device(requested: str) -> torch.device:
         device = torch.device(requested)
     except RuntimeError as error:
         raise ValueError(f"--device {requested}: allowed are auto, cpu, cuda and cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {requested}: allowed are auto, cpu, cuda and cuda:N.")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(f"--device {requested}: this machine has {count} CUDA devices. Try --device auto.")

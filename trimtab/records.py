@@ -63,11 +63,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An answer to imitate. Earlier assistant turns of a conversation stand in `prompt.messages`."""
+    """An answer to imitate. Earlier assistant turns of a conversation stand in `prompt.messages`.
+
+    `finished` is false for a sampled answer that was cut at a length limit: nobody ended it there, so no
+    end-of-sequence token follows it. Other records say the same of their answers.
+    """
 
     prompt: Prompt
     response: str
     weight: float = 1.0
+    finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Preference:
     confidence: float = 1.0
     margin: float = 0.0
     weight: float = 1.0
+    chosen_finished: bool = True
+    rejected_finished: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class Feedback:
     desirable: bool
     annotator: str | None = None
     weight: float = 1.0
+    finished: bool = True
 
 
 Record = Prompt | Demonstration | Preference | Ranking | Feedback

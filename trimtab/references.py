@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.batches import PerToken, Referenced, Tokens, move
+from trimtab.losses.arguments import Range
 from trimtab.progress import progress_bar
 from trimtab.tokens import Encoded, pad
 
@@ -101,7 +102,11 @@ def item_batches(items: Sequence[Encoded], order: Sequence[int], max_rows: int) 
 
 
 def moving(
-    batches: Iterable[Any], update: Callable[[float], None], *, alpha: float = 0.6, every: int = 512
+    batches: Iterable[Any],
+    update: Callable[[float], None],
+    *,
+    alpha: Annotated[float, Range(0, 1, high_included=True)] = 0.6,
+    every: Annotated[int, Range(0)] = 512,
 ) -> Iterator[Any]:
     """Batches whose reference moves towards the policy: TR-DPO (Gorbatovski et al. 2024), defaults of its soft update.
 

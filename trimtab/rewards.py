@@ -29,6 +29,7 @@ from trimtab.records import Demonstration, Prompt
 from trimtab.tokens import Overlong, Row, fit, pad, tokenize
 
 if TYPE_CHECKING:
+    from trimtab.losses.arguments import Term
     from trimtab.models import Policy, ScalarModel, Scorer
 
 
@@ -122,7 +123,11 @@ class FunctionReward:
                 for prompt, response in zip(prompts, responses, strict=True)
             ],
         }
-        values = self.function(**asked_for(self.name, self.function, arguments))
+        asked = asked_for(self.name, self.function, arguments)
+        try:
+            values = self.function(**asked)
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
         if not isinstance(values, Iterable):
             raise ValueError(f"reward {self.name} returned {values!r}; it must return a list of one number an answer")
         return checked(self.name, prompts, responses, values)
@@ -377,21 +382,29 @@ def to_beta(text: str, value: str) -> float:
 
 def run_beta(text: str, config: Mapping[str, Any]) -> float:
     """The weight of the KL term that the run trained with: its loss's beta (IPO calls it tau)."""
-    if "loss" in config:
-        for settings in loss_settings(config):
+    from trimtab.losses.preference import REFERENCE_FREE
+
+    if config.get("reference") == "moving":
+        raise ValueError(f"reward {text!r}: its reference moved; type {text},reference=MODEL,beta=B")
+    if config.get("command") == "reward":
+        raise ValueError(f"reward {text!r}: that run is a reward model; type --reward {text.removeprefix('implicit:')}")
+    terms = loss_terms(config) if "loss" in config else []
+    averaged = [term.name == "length_normalized_dpo" or term.settings.get("average") for term in terms]
+    if not any(averaged) and not any(term.name in REFERENCE_FREE for term in terms):
+        for settings in (term.settings for term in terms):
             for name in ("beta", "tau"):
                 if isinstance(settings.get(name), int | float):
                     return float(settings[name])
     raise ValueError(
-        f"reward {text!r}: the policy's training has no beta, so type {text},beta=1 (or what it should be)"
+        f"reward {text!r}: the policy was not trained with beta times a sum of log-ratios as its reward; "
+        f"to score with one all the same, type {text},beta=1 (or what it should be)"
     )
 
 
-def loss_settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The hyperparameters, given and default, of every loss that the run added up."""
+def loss_terms(config: Mapping[str, Any]) -> Sequence[Term]:
+    """Every loss that the run added up, with its hyperparameters."""
     from trimtab.losses.arguments import combine
     from trimtab.losses.preference import ALL_LOSSES
     from trimtab.losses.unpaired import UNPAIRED_LOSSES
 
-    combined = combine(ALL_LOSSES | UNPAIRED_LOSSES, str(config["loss"]), config.get("loss_args") or ())
-    return [term.settings for term in combined.terms]
+    return combine(ALL_LOSSES | UNPAIRED_LOSSES, str(config["loss"]), config.get("loss_args") or ()).terms

@@ -414,9 +414,24 @@ def tokenize(
     answered = _answers(tokenizer, asked, turns=turns, progress=progress)
     bos = tokenizer.bos_token_id
     return [
-        Encoded(record, rows, length, bos_length=int(length > 0 and rows[0].ids[0] == bos))
+        Encoded(record, ended_as_told(record, rows), length, bos_length=int(length > 0 and rows[0].ids[0] == bos))
         for record, (rows, length) in zip(records, answered, strict=True)
     ]
+
+
+def ended_as_told(record: Record, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows of a record without the closing token where its answer was cut; an answer of nothing else keeps it."""
+    match record:
+        case Demonstration() | Feedback():
+            finished: tuple[bool, ...] = (record.finished,)
+        case Preference():
+            finished = (record.chosen_finished, record.rejected_finished)
+        case _:
+            return rows
+    return tuple(
+        row if done or sum(row.response) == 1 else Row(row.ids[:-1], row.response[:-1])
+        for row, done in zip(rows, finished, strict=True)
+    )
 
 
 def _prompt_of(record: Record) -> Prompt:
@@ -706,7 +721,11 @@ def mismatched(records: Sequence[Feedback], seed: int) -> list[Feedback]:
     # has more than half of all rows.
     shift = max(len(group) for group in groups.values()) % len(order) or 1
     partner = {i: order[(place + shift) % len(order)] for place, i in enumerate(order)}
-    return [replace(record, response=records[partner[i]].response) for i, record in enumerate(records)]
+    others = (records[partner[i]] for i in range(len(records)))
+    return [
+        replace(record, response=other.response, finished=other.finished)
+        for record, other in zip(records, others, strict=True)
+    ]
 
 
 # ---- Batches

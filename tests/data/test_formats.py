@@ -251,7 +251,7 @@ def test_all_further_columns_are_kept_with_the_prompt(write):
     assert pair.prompt.columns == {"id": 3, "subset": "s", "votes": [[1, 0]]}
     assert pair.prompt.source == f"{path}:1"
     [prompt] = data.load(path, Prompt).records
-    assert set(prompt.columns) == {"id", "chosen", "rejected", "margin", "subset", "votes"}
+    assert set(prompt.columns) == {"id", "subset", "votes"}  # what is said of answers does not go on to others
 
 
 def test_both_answers_of_a_worked_problem_survive_a_round_trip(write):

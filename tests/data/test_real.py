@@ -19,7 +19,7 @@ FILES: dict[str, tuple[int, list[type[Record]]]] = {
     "oasst_en100_pairs": (297, ALL),
     "judge_llmbar": (193, ALL),
     "judge_mtbench_human": (126, ALL),
-    "judge_pandalm": (680, [Prompt, Demonstration, Preference]),
+    "judge_pandalm": (680, [Prompt, Preference]),
     "instruct_small": (850, [Prompt, Demonstration]),
     "self_instruct_seed": (175, [Prompt, Demonstration]),
     "persona_chat": (643, [Prompt, Demonstration]),

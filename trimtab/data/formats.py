@@ -7,8 +7,8 @@ that record into the kind that was asked for (a pair into a demonstration of its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -34,6 +34,9 @@ MESSAGES = ("messages", "conversations")
 JUDGEMENT = ("label", "majority")
 ANSWER = ("final_answer", "answer")
 TIE = 0.5
+ENDINGS = ("chosen_finished", "rejected_finished")
+ANSWERS = ("chosen", "rejected", "completions", "output_1", "output_2", *COMPLETION, *MESSAGES)
+ABOUT_ANSWERS = (*ANSWERS, *JUDGEMENT, *ENDINGS, "finished", "weight", "margin", "confidence", "annotator")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,19 @@ def make_prompt(messages: Messages, row: Row, where: str, used: Collection[str])
     return Prompt(messages, name_of(row, answer), name_of(row, "user"), columns or NO_COLUMNS, where)
 
 
+def about_answers(columns: Mapping[str, Any]) -> Collection[str]:
+    """The columns that speak of a row's answers, which a prompt without them must not carry on to other answers."""
+    return ABOUT_ANSWERS if any(name in columns for name in ANSWERS) else ()
+
+
+def finished_of(row: Row, name: str = "finished") -> bool:
+    """Whether an answer came to its own end; only a false one says that it was cut while it was sampled."""
+    value = LABELS.get(str(row.get(name, True)).strip().lower())
+    if value is None:
+        raise unexpected(name, row[name], "true or false")
+    return value
+
+
 def prompt_value(row: Row) -> tuple[Any, list[str]]:
     """The value of the prompt and the columns it is made of: an Alpaca row's input belongs to its instruction."""
     name = column(row, PROMPT)
@@ -116,7 +132,7 @@ def read_prompt(row: Row, where: str) -> Prompt:
         messages, _ = explicit(value, used[0], {answered: row[answered]})
     else:
         messages = prompt_messages(value, used[0], as_turn=any(is_list(row.get(name)) for name in MESSAGES))
-    return make_prompt(messages, row, where, used)
+    return make_prompt(messages, row, where, (*used, *about_answers(row)))
 
 
 def read_messages_prompt(row: Row, where: str) -> Prompt:
@@ -125,7 +141,7 @@ def read_messages_prompt(row: Row, where: str) -> Prompt:
     messages = messages_of(row[name], name)
     if messages[-1].role == "assistant":
         messages, _ = at_last_turn(messages, name)
-    return make_prompt(messages, row, where, (name,))
+    return make_prompt(messages, row, where, (name, *about_answers(row)))
 
 
 def read_implicit_prompt(row: Row, where: str) -> Prompt:
@@ -153,12 +169,12 @@ def read_answered(row: Row, where: str, names: Collection[str], further: Collect
     value, used = prompt_value(row)
     name = column(row, names)
     messages, (response,) = explicit(value, used[0], {name: row[name]})
-    return make_prompt(messages, row, where, (*used, name, "weight", *further)), response
+    return make_prompt(messages, row, where, (*used, name, "weight", "finished", *further)), response
 
 
 def read_completion(row: Row, where: str) -> Demonstration:
     """A prompt and its completion."""
-    return Demonstration(*read_answered(row, where, COMPLETION), weight_of(row))
+    return Demonstration(*read_answered(row, where, COMPLETION), weight_of(row), finished_of(row))
 
 
 def read_question(row: Row, where: str) -> Demonstration:
@@ -193,12 +209,14 @@ def make_preference(
     if texts[0] == texts[1]:
         raise InvalidField("rejected", f"found the same answer as the chosen one ({shorten_answer(texts[0])})")
     return Preference(
-        make_prompt(messages, row, where, (*used, "annotator", "margin", "weight")),
+        make_prompt(messages, row, where, (*used, "annotator", "margin", "weight", *ENDINGS)),
         *texts,
         annotator=name_of(row, "annotator"),
         confidence=number(row, "confidence", 1.0, low=0.0, high=1.0) if confidence is None else confidence,
         margin=number(row, "margin", 0.0),
         weight=weight_of(row),
+        chosen_finished=finished_of(row, "chosen_finished"),
+        rejected_finished=finished_of(row, "rejected_finished"),
     )
 
 
@@ -243,7 +261,7 @@ def read_feedback(row: Row, where: str) -> Feedback:
     if desirable is None:
         raise unexpected("label", row["label"], "true or false (or 1 or 0)")
     prompt, response = read_answered(row, where, COMPLETION, ("label", "annotator"))
-    return Feedback(prompt, response, desirable, name_of(row, "annotator"), weight_of(row))
+    return Feedback(prompt, response, desirable, name_of(row, "annotator"), weight_of(row), finished_of(row))
 
 
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -334,8 +352,8 @@ def unpaired(preference: Preference) -> list[Feedback]:
     """The two answers of a pair as feedback: the chosen one was wanted, the rejected one was not."""
     pair = decided(preference)
     return [
-        Feedback(pair.prompt, pair.chosen, True, pair.annotator, pair.weight),
-        Feedback(pair.prompt, pair.rejected, False, pair.annotator, pair.weight),
+        Feedback(pair.prompt, pair.chosen, True, pair.annotator, pair.weight, pair.chosen_finished),
+        Feedback(pair.prompt, pair.rejected, False, pair.annotator, pair.weight, pair.rejected_finished),
     ]
 
 
@@ -347,7 +365,7 @@ def as_ranking(preference: Preference) -> list[Ranking]:
 
 CONVERSIONS: dict[tuple[type, type], tuple[Callable[[Any], list[Any]], str]] = {
     (Preference, Demonstration): (
-        lambda pair: [Demonstration(pair.prompt, pair.chosen, pair.weight)],
+        lambda pair: [Demonstration(decided(pair).prompt, pair.chosen, pair.weight, pair.chosen_finished)],
         "pairs are read as demonstrations of their chosen answers",
     ),
     (Ranking, Demonstration): (
@@ -355,7 +373,7 @@ CONVERSIONS: dict[tuple[type, type], tuple[Callable[[Any], list[Any]], str]] = {
         "rankings are read as demonstrations of their best answers",
     ),
     (Feedback, Demonstration): (
-        lambda feedback: [Demonstration(feedback.prompt, feedback.response, feedback.weight)],
+        lambda feedback: [Demonstration(feedback.prompt, feedback.response, feedback.weight, feedback.finished)],
         "feedback is read as demonstrations, wanted or not",
     ),
     (Ranking, Preference): (pairs_of, "every ranking gives all its pairs"),
@@ -370,7 +388,10 @@ def convert(record: Record, kind: type[Record]) -> list[Any]:
     if isinstance(record, kind):
         return [record]
     if kind is Prompt and not isinstance(record, Prompt):
-        return [record.prompt]
+        prompt = record.prompt
+        gone = about_answers(prompt.columns)
+        columns = {name: value for name, value in prompt.columns.items() if name not in gone}
+        return [replace(prompt, columns=columns or NO_COLUMNS)]
     conversion = CONVERSIONS.get((type(record), kind))
     if conversion is None:
         raise InvalidField("record", f"found a {type(record).__name__}, expected a {kind.__name__}")

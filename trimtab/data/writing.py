@@ -15,13 +15,18 @@ def to_row(record: Record) -> dict[str, Any]:
     match record:
         case Demonstration():
             row |= {"completion": answer(record.prompt, record.response)}
+            row |= unless_default(finished=(record.finished, True))
         case Preference():
             row |= {name: answer(record.prompt, getattr(record, name)) for name in ("chosen", "rejected")}
             row |= unless_default(confidence=(record.confidence, 1.0), margin=(record.margin, 0.0))
+            row |= unless_default(
+                chosen_finished=(record.chosen_finished, True), rejected_finished=(record.rejected_finished, True)
+            )
         case Ranking():
             row |= {"completions": [answer(record.prompt, response) for response in record.responses]}
         case Feedback():
             row |= {"completion": answer(record.prompt, record.response), "label": record.desirable}
+            row |= unless_default(finished=(record.finished, True))
     annotator = None if isinstance(record, Demonstration) else record.annotator
     return row | unless_default(annotator=(annotator, None), weight=(record.weight, 1.0))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file
+from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file, check_limit
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,17 @@ def best_of_n(config: BestOfN) -> None:
     from trimtab.sampling import sample
 
     check_file(config.out, overwrite=config.overwrite)
+    check_limit(config.limit)
     bound = kl_bound(config.n)
     prompts = training.read(config.data, Prompt, skip_invalid=config.skip_invalid).records[: config.limit]
     reward = parse_reward(config.reward, **training.scoring(config.model))
     policy = training.load_for_sampling(config)
     samples = sample(policy, prompts, config.n, seed=config.seed, progress=True, **asdict(config.sampling))
-    asked = [prompt for prompt in samples.prompts for _ in range(config.n)]
-    scores = torch.tensor(reward(asked, samples.texts), dtype=torch.float64).view(-1, config.n)
+    scores = torch.tensor(reward(samples.row_prompts, samples.texts), dtype=torch.float64).view(-1, config.n)
     rows = []
     for i, best in enumerate(best_of(scores).tolist()):
-        chosen = Demonstration(prompts[i], samples.texts[i * config.n + best])
+        row = i * config.n + best
+        chosen = Demonstration(prompts[i], samples.texts[row], finished=bool(samples.finished[row]))
         rows.append({**to_row(chosen), "reward": scores[i, best].item(), "rewards": scores[i].tolist()})
     training.write_rows(config.out, rows)
     gain = (scores.amax(-1) - scores.mean(-1)).mean().item()

@@ -42,6 +42,8 @@ class Show:
     """What to do with longer rows."""
     turns: Literal["last", "all"] = "last"
     """Which assistant turns of a conversation carry loss."""
+    skip_invalid: bool = False
+    """Skip bad rows instead of stopping at the first."""
 
 
 def check(config: Check) -> None:
@@ -77,10 +79,15 @@ def token_facts(config: Check, records: list) -> dict[str, object]:
     import statistics
 
     from trimtab.models import load_tokenizer
-    from trimtab.tokens import OVERLONG, fit, tokenize
+    from trimtab.records import Prompt
+    from trimtab.tokens import OVERLONG, encode_prompts, fit, tokenize
 
     assert config.model is not None
-    items = tokenize(load_tokenizer(config.model), records)
+    tokenizer = load_tokenizer(config.model)
+    if isinstance(records[0], Prompt):
+        lengths = sorted(len(ids) for ids in encode_prompts(tokenizer, records))
+        return {"median tokens of a prompt": statistics.median(lengths), "longest prompt": lengths[-1]}
+    items = tokenize(tokenizer, records)
     lengths = sorted(len(row.ids) for item in items for row in item.rows)
     told: dict[str, object] = {
         "median tokens": statistics.median(lengths),
@@ -101,7 +108,7 @@ def show(config: Show) -> None:
     from trimtab import tokens as bridge
     from trimtab.models import load_tokenizer
 
-    loaded = data.load(config.data, data.kind_of(config.data))
+    loaded = data.load(config.data, data.kind_of(config.data), skip_invalid=config.skip_invalid)
     tokenizer = load_tokenizer(config.model)
     items, counts = bridge.encode(
         tokenizer,

@@ -38,7 +38,12 @@ def evaluate_reward(config: EvaluateReward) -> None:
     from trimtab.rewards import parse_reward
 
     loaded = training.read(config.data, Preference, skip_invalid=config.skip_invalid)
-    reward = parse_reward(config.reward.reward, **training.scoring(config.reward), max_length=config.reward.max_length)
+    reward = parse_reward(
+        config.reward.reward,
+        **training.scoring(config.reward),
+        max_length=config.reward.max_length,
+        overlong=config.reward.overlong,
+    )
     accuracy = reward_accuracy(reward, loaded.records)
     if config.json:
         print(json.dumps({"data": config.data, **accuracy.to_dict()}, indent=2))

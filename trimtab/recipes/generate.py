@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file
+from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file, check_limit
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,21 @@ class Generate:
 def generate(config: Generate) -> None:
     """Read prompts, sample, write."""
     from trimtab.data import to_row
+    from trimtab.progress import console
     from trimtab.recipes import training
     from trimtab.records import Demonstration, Prompt
     from trimtab.sampling import sample
 
     check_file(config.out, overwrite=config.overwrite)
+    check_limit(config.limit)
     prompts = training.read(config.data, Prompt, skip_invalid=config.skip_invalid).records[: config.limit]
     policy = training.load_for_sampling(config)
     samples = sample(policy, prompts, config.num_answers, seed=config.seed, progress=True, **asdict(config.sampling))
-    asked = [prompt for prompt in samples.prompts for _ in range(config.num_answers)]
-    rows = (
-        {**to_row(Demonstration(prompt, text)), "finished": bool(finished)}
-        for prompt, text, finished in zip(asked, samples.texts, samples.finished, strict=True)
-    )
+    answers = zip(samples.row_prompts, samples.texts, samples.finished.tolist(), strict=True)
+    rows = (to_row(Demonstration(prompt, text, finished=finished)) for prompt, text, finished in answers)
     training.write_rows(config.out, rows)
+    cut = int((~samples.finished).sum())
+    if cut:
+        console.print(
+            f"{cut} of {len(samples.texts)} answers were cut at --max-new-tokens {config.sampling.max_new_tokens}"
+        )

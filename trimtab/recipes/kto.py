@@ -47,14 +47,17 @@ def kto(config: Kto) -> None:
     from trimtab.tokens import encode_feedback, feedback_batch
 
     check_options(config)
+    if config.steps.batch_size < 2:
+        raise ValueError("--batch-size 1: kto and bco compare the answers of a batch, so at least 2 are needed.")
     objective = FeedbackObjective(combine(UNPAIRED_LOSSES, config.loss, config.loss_args))
     training.check_reference(config, needed=True)
     loaded = training.read_parts(config.data, Feedback)
     policy = training.load(load_policy, config)
     encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
     items, facts = training.encode_parts(loaded, encoder, config.data, feedback_batch, policy.pad_id)
-    run = training.open_run("kto", config, facts)
+    scorer = training.reference_of(policy, config, needed=True)
+    run = training.open_run("kto", config, policy, facts)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
-    items, _ = training.with_reference(items, policy, config, needed=True, steps=steps)
+    items, _ = training.with_reference(items, scorer, policy, config, steps=steps)
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps)

@@ -5,6 +5,7 @@ Groups are composed in a recipe's config and flat on the command line and in `co
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +92,8 @@ class RunOptions:
     """Evaluate on --eval-data every so many steps; 0: only before and after."""
     save_every: int = 0
     """Write a checkpoint every so many steps; 0: only the final model."""
+    samples: int = 4
+    """Prompts that a policy answers before and after training, into samples.jsonl; 0: none."""
     overwrite: bool = False
     """Replace a run directory that exists."""
 
@@ -108,11 +111,35 @@ def check_options(config: Any) -> None:
     """Refuse what cannot be done or would have no effect, before anything is read."""
     check_steps(config.steps)
     check_out(config.run)
+    check_inputs(config)
+    if not -(2**63) <= config.run.seed < 2**63:
+        raise ValueError(f"--seed {config.run.seed}: a number of at most 63 bits is needed.")
     if config.run.eval_every and config.data.eval_data is None:
         raise ValueError(f"--eval-every {config.run.eval_every} has no effect without --eval-data.")
-    for flag, value in {"--eval-every": config.run.eval_every, "--save-every": config.run.save_every}.items():
+    every = {"--eval-every": config.run.eval_every, "--save-every": config.run.save_every}
+    for flag, value in {**every, "--samples": config.run.samples}.items():
         if value < 0:
-            raise ValueError(f"{flag} {value}: a number of steps is needed, or 0.")
+            raise ValueError(f"{flag} {value}: a number of at least 0 is needed.")
+    if config.data.max_length < 2:
+        raise ValueError(f"--max-length {config.data.max_length}: at least 2 tokens are needed.")
+    if config.lora.lora_rank < 0 or (config.lora.lora_alpha is not None and not config.lora.lora_rank):
+        raise ValueError(
+            f"--lora-rank {config.lora.lora_rank} --lora-alpha {config.lora.lora_alpha}: a rank above 0 trains an "
+            "adapter, 0 trains all weights and has no alpha."
+        )
+
+
+def check_inputs(config: Any) -> None:
+    """Refuse inputs that do not exist by name, and those inside the directory that --overwrite would replace."""
+    given = {"--model": config.model.model, "--data": config.data.data, "--eval-data": config.data.eval_data}
+    out = Path(config.run.out).resolve()
+    for flag, value in {**given, "--ref-model": getattr(config, "ref_model", None)}.items():
+        if value == "":
+            raise ValueError(f"{flag} is empty.")
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
+            raise ValueError(
+                f"{flag} {value} lies in --out {config.run.out}, which would be replaced. Give another --out."
+            )
 
 
 def check_steps(options: StepOptions) -> None:
@@ -125,13 +152,20 @@ def check_steps(options: StepOptions) -> None:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")
     if options.epochs is not None and options.steps is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs}: give one of them.")
-    if options.epochs is not None and options.epochs <= 0:
-        raise ValueError(f"--epochs {options.epochs}: more than 0 is needed.")
+    if options.epochs is not None and not 0 < options.epochs < float("inf"):
+        raise ValueError(f"--epochs {options.epochs}: a number above 0 is needed.")
     if not 0 <= options.warmup <= 1:
         raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")
-    for flag, value in {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm}.items():
+    numbers = {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm, "--weight-decay": options.weight_decay}
+    for flag, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag} {value}: a number that is not negative is needed.")
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that leaves nothing."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit}: at least 1 is needed.")
 
 
 def check_out(options: RunOptions) -> None:
@@ -139,6 +173,11 @@ def check_out(options: RunOptions) -> None:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file; give a directory that does not exist yet.")
+    if not options.out:
+        raise ValueError("--out is empty; give a directory.")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: {above} is no folder that can be written to.")
     if out.is_dir() and any(out.iterdir()):
         if not options.overwrite:
             raise FileExistsError(f"--out {out} already holds something; give another directory or add --overwrite.")
@@ -173,13 +212,17 @@ class RewardOptions:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     max_length: int = 1024
-    """Most tokens of prompt and answer together; longer ones are an error."""
+    """Most tokens of prompt and answer together."""
+    overlong: Literal["error", "truncate-prompt-left", "truncate-response"] = "error"
+    """What to do with longer ones; every answer is scored, so none can be dropped."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
 
 def check_file(out: str, *, overwrite: bool) -> None:
     """Refuse an output file that exists or cannot be written, before any work is done for it."""
+    if not out:
+        raise ValueError("--out is empty; give a file.")
     path = Path(out)
     if path.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; give another file or add --overwrite.")

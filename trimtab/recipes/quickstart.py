@@ -74,6 +74,7 @@ class Quickstart:
 PAIRS_HELD_OUT = 0.2
 """Share of the prompts whose pairs the reward model does not see."""
 EVALUATION_ANSWERS = 4
+BATCH_SIZE = 8
 
 
 def quickstart(config: Quickstart) -> None:
@@ -86,19 +87,20 @@ def quickstart(config: Quickstart) -> None:
 
     check_out(RunOptions(config.out, overwrite=config.overwrite))
     config = with_sizes(config)
-    settings = {"command": "quickstart", **flatten(config)}
-    run = Run.create(config.out, config=settings, seed=config.seed, overwrite=config.overwrite)
-    start = load_policy(config.model, dtype=config.dtype, device=config.device)
-    gold = parse_reward("sentiment")
     assert config.prompts and config.held_out_prompts
     prompts = review_prompts(config.prompts, seed=config.seed, split="train")
     held_out = review_prompts(config.held_out_prompts, seed=config.seed, split="heldout")
+    gold = parse_reward("sentiment")
+    start = load_policy(config.model, dtype=config.dtype, device=config.device)
+    settings = {"command": "quickstart", **flatten(replace(config, overwrite=False))}
+    run = Run.create(config.out, config=settings, seed=config.seed, overwrite=config.overwrite)
+    print_start(config.model, start)
 
     say(1, f"sample {config.answers} answers to each of {len(prompts)} prompts, and label pairs by gold reward")
     pairs = labelled_pairs(draw(start, prompts, config.answers, config), gold, config)
-    files = write_pairs(run.directory, pairs, config)
+    files, trained_on = write_pairs(run.directory, pairs)
 
-    say(2, f"train a reward model on {len(read_rows(files['train']))} pairs")
+    say(2, f"train a reward model on {trained_on} pairs")
     accuracy = train_reward_model(run.directory, files, config)
     proxy = parse_reward(str(run.directory / "reward"), dtype=config.dtype, device=config.device, max_length=1024)
 
@@ -107,7 +109,7 @@ def quickstart(config: Quickstart) -> None:
     judged.start_model(draw(start, held_out, config.n, config))
     if "dpo" in config.methods:
         say(4, "DPO on the pairs")
-        train_dpo(run.directory, files, config)
+        train_dpo(run.directory, files, trained_on, config)
         say(5, "judge DPO's checkpoints on the held-out prompts")
         judged.trained("dpo", run.directory / "dpo", held_out)
     finish(run, config, judged, accuracy, len(pairs))
@@ -125,7 +127,17 @@ def with_sizes(config: Quickstart) -> Quickstart:
     for name, smallest in least.items():
         if getattr(config, name) < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {smallest} is needed.")
+    for name in ("coin", "beta", "lr", "reward_lr", "epochs"):
+        if not 0 < getattr(config, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a number above 0 is needed.")
     return config
+
+
+def print_start(name: str, policy: Policy) -> None:
+    """The first line: which model, where, and in which arithmetic."""
+    from trimtab.progress import console
+
+    console.print(f"{name} on {policy.device}: {policy.arithmetic.why}")
 
 
 def say(stage: int, text: str) -> None:
@@ -147,40 +159,40 @@ def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> list[P
 
     Equal answers are no pair.
     """
-    import math
     import random
+
+    import torch
 
     from trimtab.records import Preference
 
     coin = random.Random(config.seed)
-    asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
-    scores = gold(asked, samples.texts)
+    asked, finished = samples.row_prompts, samples.finished.tolist()
+    scores = torch.tensor(gold(asked, samples.texts), dtype=torch.float64)
     pairs = []
     firsts = [start + i for start in range(0, len(asked), samples.n) for i in range(0, samples.n - 1, 2)]
     for i in firsts:
         if samples.texts[i] == samples.texts[i + 1]:
             continue
-        first_wins = coin.random() < 1 / (1 + math.exp(-config.coin * (scores[i] - scores[i + 1])))
+        first_wins = coin.random() < torch.sigmoid(config.coin * (scores[i] - scores[i + 1])).item()
         chosen, rejected = (i, i + 1) if first_wins else (i + 1, i)
-        pairs.append(Preference(asked[i], samples.texts[chosen], samples.texts[rejected]))
+        ended = {"chosen_finished": finished[chosen], "rejected_finished": finished[rejected]}
+        pairs.append(Preference(asked[i], samples.texts[chosen], samples.texts[rejected], **ended))
     return pairs
 
 
-def write_pairs(directory: Path, pairs: Sequence[Preference], config: Quickstart) -> dict[str, Path]:
-    """The pairs as train and held-out files, no prompt in both."""
+def write_pairs(directory: Path, pairs: Sequence[Preference]) -> tuple[dict[str, Path], int]:
+    """The pairs as train and held-out files, no prompt in both, and how many are for training."""
     from trimtab.data import to_row
     from trimtab.recipes.training import write_rows
 
     held = {pair.prompt for pair in pairs[: max(1, round(PAIRS_HELD_OUT * len(pairs)))]}
     files = {"train": directory / "pairs-train.jsonl", "heldout": directory / "pairs-heldout.jsonl"}
-    write_rows(files["train"], (to_row(pair) for pair in pairs if pair.prompt not in held))
+    train = [to_row(pair) for pair in pairs if pair.prompt not in held]
+    if not train:
+        raise ValueError("too few different answers came out to train on; give more --prompts or --answers.")
+    write_rows(files["train"], train)
     write_rows(files["heldout"], (to_row(pair) for pair in pairs if pair.prompt in held))
-    return files
-
-
-def read_rows(path: Path) -> list[str]:
-    """The lines of a .jsonl file."""
-    return path.read_text(encoding="utf-8").splitlines()
+    return files, len(train)
 
 
 def train_reward_model(directory: Path, files: dict[str, Path], config: Quickstart) -> dict[str, float]:
@@ -192,24 +204,25 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=8),
+            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE),
         )
     )
 
 
-def train_dpo(directory: Path, files: dict[str, Path], config: Quickstart) -> None:
+def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quickstart) -> None:
     """`trimtab dpo` on the same pairs, with two checkpoints on the way for the frontier."""
     from math import ceil
 
+    from trimtab.batches import batch_starts
     from trimtab.recipes.dpo import Dpo, dpo
 
-    steps = ceil(ceil(len(read_rows(files["train"])) / 8) * config.epochs)
+    steps = ceil(len(batch_starts(pairs, BATCH_SIZE)) * config.epochs)
     dpo(
         Dpo(
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
-            run=RunOptions(str(directory / "dpo"), config.seed, save_every=max(1, ceil(steps / 3))),
-            steps=StepOptions(lr=config.lr, batch_size=8, steps=steps),
+            run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 3)),
+            steps=StepOptions(lr=config.lr, batch_size=BATCH_SIZE, steps=steps),
             loss_args=(f"beta={config.beta}",),
         )
     )
@@ -248,14 +261,18 @@ class Judged:
         expected = (expected_best_of_n(proxy, values, n) for values in (gold, proxy, lengths))
         gold_n, proxy_n, length_n = expected
         self.add(f"best-of-{n}", gold_n, proxy_n, torch.full((len(gold),), kl_bound(n)), length_n)
+        self.methods[-1]["kl_is_bound"] = True
         for i, best in enumerate(best_of(proxy).tolist()):
             self.texts[i]["answers"][f"best-of-{n}"] = self.answer(samples, i, best, gold, proxy)
 
     def trained(self, method: str, run: Path, prompts: Sequence[Prompt]) -> None:
         """A trained policy: its checkpoints as points of the frontier, its final model as a method."""
+        last = (run / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
         for path in sorted((run / "checkpoints").glob("step-*")):
-            _, gold, _, _, kl = self.judge(path, prompts)
             step = int(path.name.removeprefix("step-"))
+            if step == last:
+                continue  # the final model, which comes next
+            _, gold, _, _, kl = self.judge(path, prompts)
             self.frontier.append({"method": method, "step": step, "kl": kl.mean().item(), "gold": gold.mean().item()})
         samples, gold, proxy, lengths, kl = self.judge(run, prompts)
         self.frontier.append({"method": method, "step": None, "kl": kl.mean().item(), "gold": gold.mean().item()})
@@ -276,7 +293,7 @@ class Judged:
         """Gold reward, proxy reward and length in tokens of every answer, each `[prompts, answers]` in float64."""
         import torch
 
-        asked = [prompt for prompt in samples.prompts for _ in range(samples.n)]
+        asked = samples.row_prompts
         scores = (self.gold(asked, samples.texts), self.proxy(asked, samples.texts))
         gold, proxy = (torch.tensor(values, dtype=torch.float64).view(-1, samples.n) for values in scores)
         return gold, proxy, samples.tokens.response_lengths.double().view(-1, samples.n).cpu()
@@ -294,8 +311,7 @@ class Judged:
         row: dict[str, Any] = {"method": method}
         for name, values in {"gold": gold, "proxy": proxy, "kl": kl, "length": length}.items():
             row[name] = bootstrap_mean(values.numpy(), seed=self.config.seed).to_dict()
-        # The start model's answers are the same draws for best-of-n and another draw for a trained policy; the
-        # prompts are the same in both cases, so the difference is paired by prompt.
+        # The same prompts and the same uniform numbers for all methods, so the difference is paired by prompt.
         gain = bootstrap_difference(gold.numpy(), self.start_gold.numpy(), seed=self.config.seed)
         self.methods.append({**row, "gold_gain": gain.to_dict()})
 
@@ -328,7 +344,7 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
         "frontier": judged.frontier,
         "pairs": pairs,
         "texts": judged.texts,
-        "commands": own_commands(),
+        "commands": own_commands(config),
     }
     write_json(run.directory / "summary.json", summary)
     for text in judged.texts:
@@ -339,15 +355,18 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
     console.print(f"summary: {run.directory / 'summary.json'}\nreport: {page}")
 
 
-def own_commands() -> list[str]:
-    """What to type to do the same to one's own model and data."""
+def own_commands(config: Quickstart) -> list[str]:
+    """What to type to do the same, with the same settings, to one's own model and data."""
+    pairs = f"--model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --batch-size {BATCH_SIZE}"
+    sampled = f"--data MY_PROMPTS.jsonl --max-new-tokens {config.max_new_tokens}"
+    moved = f"--lr {config.lr:g} --epochs {config.epochs:g} --loss-args beta={config.beta:g}"
     return [
         "trimtab data check MY_PAIRS.jsonl --model MY_MODEL",
-        "trimtab reward --model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --out runs/reward",
+        f"trimtab reward {pairs} --lr {config.reward_lr:g} --out runs/reward",
         "trimtab evaluate reward --reward runs/reward --data HELD_OUT.jsonl",
-        "trimtab best-of-n --model MY_MODEL --reward runs/reward --data MY_PROMPTS.jsonl -n 16 --out best.jsonl",
-        "trimtab dpo --model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --out runs/dpo",
-        "trimtab generate --model runs/dpo --data MY_PROMPTS.jsonl --out answers.jsonl",
+        f"trimtab best-of-n --model MY_MODEL --reward runs/reward {sampled} -n {config.n} --out best.jsonl",
+        f"trimtab dpo {pairs} {moved} --out runs/dpo",
+        f"trimtab generate --model runs/dpo {sampled} --out answers.jsonl",
     ]
 
 
@@ -360,8 +379,10 @@ def print_table(summary: dict[str, Any], console: Any) -> None:
     for column in ("method", "gold reward", "proxy reward", "KL (nats)", "length (tokens)"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in summary["methods"]:
-        cells = (row[name] for name in ("gold", "proxy", "kl", "length"))
-        table.add_row(row["method"], *(cell(value) for value in cells))
+        cells = {name: cell(row[name]) for name in ("gold", "proxy", "kl", "length")}
+        if row.get("kl_is_bound"):
+            cells["kl"] = f"at most {cells['kl']}"
+        table.add_row(row["method"], *cells.values())
     console.print(f"reward model: held-out accuracy {cell(accuracy)}")
     console.print(table)
     console.print("the same with your own model and data:")

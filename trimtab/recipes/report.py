@@ -15,7 +15,7 @@ class Report:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run directories."""
     out: str = "report.html"
-    """The page to write."""
+    """The page to write; a page that stands there is replaced, anything else is not."""
 
 
 def report(config: Report) -> None:
@@ -25,5 +25,10 @@ def report(config: Report) -> None:
     from trimtab.progress import console
     from trimtab.report import write_report
 
+    out = Path(config.out)
+    if not config.runs:
+        raise ValueError("give at least one run directory.")
+    if out.is_dir() or (out.exists() and out.suffix.lower() not in (".html", ".htm")):
+        raise FileExistsError(f"--out {out} is not an HTML page, so it is not replaced.")
     page = write_report([Path(run) for run in config.runs], Path(config.out))
     console.print(f"report: {page}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trimtab.recipes.options import (
     DataOptions,
@@ -45,16 +46,27 @@ def reward(config: Reward) -> dict[str, float]:
     from trimtab.tokens import encode, pair_batch, ranking_batch
 
     check_options(config)
-    ranked = config.loss in RANKING_LOSSES if config.loss else data.kind_of(config.data.data) is Ranking
-    name = config.loss or ("grouped" if ranked else "bradley_terry")
-    loss = combine(RANKING_LOSSES if ranked else REWARD_LOSSES, name, config.loss_args)
+    natural = None if config.loss else data.kind_of(config.data.data)
+    name = config.loss or ("grouped" if natural is Ranking else "bradley_terry")
+    loss = combine({**REWARD_LOSSES, **RANKING_LOSSES}, name, config.loss_args)
+    ranked = loss.names[0] in RANKING_LOSSES
     kind, collate = (Ranking, ranking_batch) if ranked else (Preference, pair_batch)
     loaded = training.read_parts(config.data, kind)
+    # The score is read after the closing token, as it will be for any answer; nothing is imitated here, so an answer
+    # that was cut gets one, too.
+    loaded = {part: replace(some, records=[as_finished(r) for r in some.records]) for part, some in loaded.items()}
     model = training.load(load_scalar, config, new_head=True)
     items, facts = training.encode_parts(loaded, partial(encode, model.tokenizer), config.data, collate, model.pad_id)
-    run = training.open_run("reward", config, facts)
+    run = training.open_run("reward", config, model, facts)
     objective = RankingObjective(loss) if ranked else RewardObjective(loss)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
     learner = training.make_learner(model, objective, config.steps, steps)
     scale = partial(training.normalize, model, items["train"], config.steps) if config.normalize else None
     return training.train(run, learner, items, config, steps, finish=scale or (lambda: None))
+
+
+def as_finished(record: Any) -> Any:
+    """The same pair, both answers taken to have ended; rankings always are."""
+    from trimtab.records import Preference
+
+    return replace(record, chosen_finished=True, rejected_finished=True) if isinstance(record, Preference) else record

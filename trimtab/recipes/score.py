@@ -31,7 +31,12 @@ def score(config: Score) -> None:
 
     check_file(config.out, overwrite=config.overwrite)
     records = training.read(config.data, data.kind_of(config.data), skip_invalid=config.skip_invalid).records
-    reward = parse_reward(config.reward.reward, **training.scoring(config.reward), max_length=config.reward.max_length)
+    reward = parse_reward(
+        config.reward.reward,
+        **training.scoring(config.reward),
+        max_length=config.reward.max_length,
+        overlong=config.reward.overlong,
+    )
     given = [(prompt_of(record), answer) for record in records for answer in answers(record)]
     if not given:
         raise ValueError(

@@ -45,7 +45,7 @@ def sft(config: Sft) -> None:
     policy = training.load(load_policy, config)
     encoder = partial(encode, policy.tokenizer, turns=config.turns)
     items, facts = training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)
-    run = training.open_run("sft", config, facts)
+    run = training.open_run("sft", config, policy, facts)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
     learner = training.make_learner(policy, DemonstrationObjective(), config.steps, steps)
     training.train(run, learner, items, config, steps)

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 
 from trimtab import data
-from trimtab.batches import batch_indices
+from trimtab.batches import batch_indices, batch_starts
+from trimtab.builtin import BUILTIN_MODELS
 from trimtab.evals.intervals import wilson
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
-from trimtab.models import load_policy
+from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
 from trimtab.recipes.options import DataOptions, StepOptions, flatten
+from trimtab.records import Prompt
 from trimtab.references import LiveReference, NoReference, Reference, blend, moving, store
 from trimtab.report import write_report
 from trimtab.run import Run, seed_everything, write_json
+from trimtab.sampling import sample
 from trimtab.tokens import Encoded
 
 Collate = Callable[[Sequence[Encoded], int], Any]
@@ -54,19 +57,23 @@ class Items:
             yield self.batch(range(start, min(start + batch_size, len(self.encoded))))
 
 
-def open_run(command: str, config: Any, facts: Mapping[str, Any]) -> Run:
+def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) -> Run:
     """The run directory of a command, with its resolved config and what was read for it."""
     resolved = {"command": command, **flatten(config)}
+    del resolved["overwrite"]  # a permission for one time, not a part of what is repeated
     for name in {"data", "eval_data", "model", "ref_model"} & resolved.keys():
         resolved[name] = absolute(resolved[name])
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
     write_json(run.directory / "data.json", facts)
+    run.note_precision(model.device, model.arithmetic.why)
     return run
 
 
 def absolute(source: str | None) -> str | None:
     """A path that exists as an absolute one, so that a stored config works from anywhere; other names unchanged."""
-    return str(Path(source).resolve()) if source and Path(source).exists() else source
+    if source is None or source in BUILTIN_MODELS or source in data.SOURCES or not Path(source).exists():
+        return source
+    return str(Path(source).resolve())
 
 
 def read(source: str, kind: type, *, skip_invalid: bool) -> data.Loaded:
@@ -82,7 +89,11 @@ def read(source: str, kind: type, *, skip_invalid: bool) -> data.Loaded:
 def read_parts(options: DataOptions, kind: type) -> dict[str, data.Loaded]:
     """The records of `--data` ("train") and, where given, `--eval-data` ("eval")."""
     sources = {"train": options.data, "eval": options.eval_data}
-    return {part: read(source, kind, skip_invalid=options.skip_invalid) for part, source in sources.items() if source}
+    return {
+        part: read(source, kind, skip_invalid=options.skip_invalid)
+        for part, source in sources.items()
+        if source is not None
+    }
 
 
 def encode_parts(
@@ -139,7 +150,8 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     count = 0
-    with aside.open("w", encoding="utf-8") as file:
+    # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
+    with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
             count += 1
@@ -169,13 +181,19 @@ def check_moves(config: Any, steps: int) -> None:
             raise ValueError(f"every={every}: the reference would never move in {steps} steps. Give a smaller one.")
 
 
+def reference_of(policy: Any, config: Any, *, needed: bool) -> Any:
+    """What the policy is compared with: itself as it starts, or `--ref-model`; None where no loss reads it."""
+    if not needed:
+        return None
+    return policy.reference() if config.ref_model is None else other_reference(policy, config)
+
+
 def with_reference(
-    items: Mapping[str, Items], policy: Any, config: Any, *, needed: bool, steps: int
+    items: Mapping[str, Items], scorer: Any, policy: Any, config: Any, *, steps: int
 ) -> tuple[dict[str, Items], Callable[[Iterator[Any]], Iterator[Any]]]:
     """Items whose batches carry the reference's log-probabilities, and what keeps a moving reference moving."""
-    if not needed:
+    if scorer is None:
         return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
-    scorer = policy.reference() if config.ref_model is None else other_reference(policy, config)
     max_rows = config.steps.micro_batch_rows
     if config.reference == "stored":
         stored = {
@@ -204,7 +222,8 @@ def other_reference(policy: Any, config: Any) -> Any:
     )
     if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ValueError(f"--ref-model {config.ref_model} has another vocabulary than --model {model.model}.")
-    return other.reference()
+    other.body.arrangement = policy.body.arrangement and other.body.arrangement
+    return FrozenPolicy(other)
 
 
 def train(
@@ -219,6 +238,7 @@ def train(
     """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
     options: StepOptions = config.steps
     batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
+    write_samples(run, learner.model, items, config, step=0)
     evaluation = run.train(
         learner,
         follow(batches),
@@ -228,11 +248,29 @@ def train(
         save=learner.model.save,
         save_every=config.run.save_every,
     )
+    check_weights(learner, run)
     finish()
+    write_samples(run, learner.model, items, config, step=steps)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
     return evaluation
+
+
+SAMPLE_TOKENS = 64
+
+
+def write_samples(run: Run, model: Any, items: Mapping[str, Items], config: Any, *, step: int) -> None:
+    """What the policy says to the first held-out prompts (or training prompts), for people to read."""
+    if not isinstance(model, Policy) or not config.run.samples:
+        return
+    records = [item.record for item in items.get("eval", items["train"]).encoded]
+    prompts = list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
+    some = [prompt for prompt in prompts if prompt.text][: config.run.samples]
+    if some:
+        answers = sample(model, some, max_new_tokens=SAMPLE_TOKENS, seed=config.run.seed).texts
+        for prompt, answer in zip(some, answers, strict=True):
+            run.append("samples.jsonl", {"step": step, "prompt": prompt.text, "response": answer})
 
 
 NORMALIZE_ITEMS = 256
@@ -248,9 +286,18 @@ def normalize(model: Any, items: Items, options: StepOptions) -> None:
         model.scale_by(1 / spread)
 
 
+def check_weights(learner: Learner, run: Run) -> None:
+    """Refuse to save what the last step broke; earlier ones were found by the step after them."""
+    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+        raise FloatingPointError(
+            "the weights are not finite after the last step, so no model was saved. Try a smaller --lr. "
+            f"The figures are in {run.directory}."
+        )
+
+
 def total_steps(options: StepOptions, items: int) -> int:
     """`--steps`, or as many as `--epochs` needs."""
-    return options.steps or math.ceil(math.ceil(items / options.batch_size) * (options.epochs or 1))
+    return options.steps or math.ceil(len(batch_starts(items, options.batch_size)) * (options.epochs or 1))
 
 
 def make_learner(model: Any, objective: Objective, options: StepOptions, steps: int) -> Learner:
