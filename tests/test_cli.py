@@ -65,6 +65,13 @@ def test_a_run_repeats_to_the_last_bit(command: str, rows: list[dict], flags: li
     assert "<html" in (first / "report.html").read_text()[:200]
 
 
+def test_a_short_run_scores_no_more_references_than_it_needs(
+    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("dpo", pairs, tmp_path / "run", "--steps", "1")
+    assert "reference log-probabilities 4/4" in capsys.readouterr().err
+
+
 def test_an_override_beats_the_config(pairs: str, tmp_path: Path) -> None:
     train("dpo", pairs, tmp_path / "a")
     config = str(tmp_path / "a" / "config.yaml")

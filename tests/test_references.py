@@ -51,6 +51,14 @@ def test_a_stored_reference_follows_the_items_of_the_batch(policy: Policy) -> No
     assert torch.allclose(stored.attach(batch, [2, 0]).logprobs, expected.logprobs, atol=1e-5)
 
 
+def test_only_the_items_that_a_run_draws_are_stored(policy: Policy) -> None:
+    items, _ = pairs_of(policy)
+    everything = store(policy.reference(), items, pad_id=policy.pad_id, max_rows=8)
+    some = store(policy.reference(), items, pad_id=policy.pad_id, max_rows=8, wanted=[3, 1])
+    assert sorted(some.logprobs) == [1, 3]
+    assert torch.allclose(some.logprobs[3][0], everything.logprobs[3][0], atol=1e-5)
+
+
 @pytest.mark.parametrize("reference", ["stored", "live"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_dpo_starts_at_ln_2(reference: str, lora_rank: int) -> None:

@@ -196,8 +196,11 @@ def with_reference(
         return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
     max_rows = config.steps.micro_batch_rows
     if config.reference == "stored":
+        drawn = batch_indices(len(items["train"].encoded), config.steps.batch_size, seed=config.run.seed, steps=steps)
+        wanted = {"train": {i for index in drawn for i in index}}
         stored = {
-            part: store(scorer, some.encoded, pad_id=some.pad_id, max_rows=max_rows) for part, some in items.items()
+            part: store(scorer, some.encoded, pad_id=some.pad_id, max_rows=max_rows, wanted=wanted.get(part))
+            for part, some in items.items()
         }
         return {part: replace(some, reference=stored[part]) for part, some in items.items()}, lambda batches: batches
     live = LiveReference(scorer, max_rows)
@@ -205,11 +208,6 @@ def with_reference(
     if config.reference == "live":
         return items, lambda batches: batches
     arguments = check_arguments(moving, parse_arguments(config.reference_args))
-    every = arguments.get("every", defaults(moving)["every"])
-    if every >= steps:
-        raise ValueError(
-            f"the reference would never move: every={every}, and there are {steps} steps. Give a smaller one."
-        )
     update = partial(blend, scorer.model, policy.model)
     return items, lambda batches: moving(batches, update, **arguments)
 
