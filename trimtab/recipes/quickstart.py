@@ -42,7 +42,7 @@ class Quickstart:
     methods: tuple[Literal["best-of-n", "dpo"], ...] = ("best-of-n", "dpo")
     """What to compare with the start model."""
     prompts: int | None = None
-    """Prompts whose answers are compared, for training; 192, or 24 with the model tiny."""
+    """Prompts whose answers are compared, for training; 144, or 24 with the model tiny."""
     held_out_prompts: int | None = None
     """Prompts that every method is judged on; 48, or 8 with the model tiny."""
     answers: int = 4
@@ -117,7 +117,7 @@ def quickstart(config: Quickstart) -> None:
 
 def with_sizes(config: Quickstart) -> Quickstart:
     """The config with every size decided. Refuses sizes that leave nothing to compare."""
-    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (192, 48)
+    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (144, 48)
     config = replace(
         config,
         prompts=prompts if config.prompts is None else config.prompts,
@@ -210,7 +210,7 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
 
 
 def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quickstart) -> None:
-    """`trimtab dpo` on the same pairs, with two checkpoints on the way for the frontier."""
+    """`trimtab dpo` on the same pairs, with a checkpoint on the way for the frontier."""
     from math import ceil
 
     from trimtab.batches import batch_starts
@@ -221,7 +221,7 @@ def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quick
         Dpo(
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
-            run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 3)),
+            run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 2)),
             steps=StepOptions(lr=config.lr, batch_size=BATCH_SIZE, steps=steps),
             loss_args=(f"beta={config.beta}",),
         )
