@@ -77,21 +77,28 @@ def test_the_coin_follows_bradley_terry() -> None:
             return [{"good": 0.3, "bad": 0.1}[response.split()[0]] for response in responses]
 
     config = with_sizes(Quickstart(coin=5.0))
-    pairs = labelled_pairs(samples_of(["good a", "bad b"] * 4000, 2), Gold(), config)
+    parts = labelled_pairs(samples_of(["good a", "bad b"] * 4000, 2), Gold(), config)
+    pairs = [*parts["train"], *parts["heldout"]]
     share = Counter(pair.chosen.split()[0] for pair in pairs)["good"] / len(pairs)
     assert len(pairs) == 4000
     assert share == pytest.approx(1 / (1 + math.exp(-5 * 0.2)), abs=0.025)  # three standard errors
 
 
-def test_equal_answers_are_no_pair_and_pairs_stay_within_a_prompt() -> None:
+def test_training_takes_every_pair_of_a_prompt_and_held_out_pairs_share_no_answer() -> None:
     class Gold:
         name = "gold"
 
         def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
             return [0.0] * len(responses)
 
-    pairs = labelled_pairs(samples_of(["same", "same", "odd", "x", "y", "odd"], 3), Gold(), with_sizes(Quickstart()))
-    assert all({pair.chosen, pair.rejected} != {"same"} for pair in pairs)
-    assert {(pair.prompt.text, frozenset((pair.chosen, pair.rejected))) for pair in pairs} == {
-        ("p1", frozenset(("x", "y")))
+    texts = ["a", "b", "c", "d", "same", "same", "x", "y", "e", "f", "g", "odd"]
+    parts = labelled_pairs(samples_of(texts, 4), Gold(), with_sizes(Quickstart()))
+    found = {
+        part: [f"{p.prompt.text} {min(p.chosen, p.rejected)} {max(p.chosen, p.rejected)}" for p in pairs]
+        for part, pairs in parts.items()
     }
+    assert found["heldout"] == ["p0 a b", "p0 c d"]
+    assert found["train"] == [
+        *("p1 same x", "p1 same y", "p1 same x", "p1 same y", "p1 x y"),
+        *("p2 e f", "p2 e g", "p2 e odd", "p2 f g", "p2 f odd", "p2 g odd"),
+    ]

@@ -46,7 +46,7 @@ class Quickstart:
     held_out_prompts: int | None = None
     """Prompts that every method is judged on; 48, or 8 with the model tiny."""
     answers: int = 4
-    """Answers to each training prompt; neighbours become pairs."""
+    """Answers to each training prompt; every two of them become a pair."""
     n: int = 16
     """Answers of best-of-n."""
     max_new_tokens: int = 32
@@ -98,7 +98,7 @@ def quickstart(config: Quickstart) -> None:
 
     say(1, f"sample {config.answers} answers to each of {len(prompts)} prompts, and label pairs by gold reward")
     pairs = labelled_pairs(draw(start, prompts, config.answers, config), gold, config)
-    files, trained_on = write_pairs(run.directory, pairs)
+    files, trained_on = write_pairs(run.directory, pairs), len(pairs["train"])
 
     say(2, f"train a reward model on {trained_on} pairs")
     accuracy = train_reward_model(run.directory, files, config)
@@ -112,7 +112,7 @@ def quickstart(config: Quickstart) -> None:
         train_dpo(run.directory, files, trained_on, config)
         say(5, "judge DPO's checkpoints on the held-out prompts")
         judged.trained("dpo", run.directory / "dpo", held_out)
-    finish(run, config, judged, accuracy, len(pairs))
+    finish(run, config, judged, accuracy, sum(len(some) for some in pairs.values()))
 
 
 def with_sizes(config: Quickstart) -> Quickstart:
@@ -154,45 +154,56 @@ def draw(policy: Policy, prompts: Sequence[Prompt], n: int, config: Quickstart) 
     return sample(policy, prompts, n, max_new_tokens=config.max_new_tokens, seed=config.seed, progress=True)
 
 
-def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> list[Preference]:
-    """Neighbouring answers as pairs; a Bradley-Terry coin on their gold rewards says which one is chosen.
+def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> dict[str, list[Preference]]:
+    """Pairs for training and held-out pairs, no prompt in both; a coin on their gold rewards says which is chosen.
 
-    Equal answers are no pair.
+    Training takes every pair of a prompt's answers. Held-out pairs share no answer, so that their accuracy has an
+    honest interval. Equal answers are no pair.
     """
     import random
+    from itertools import combinations
 
     import torch
 
-    from trimtab.records import Preference
-
     coin = random.Random(config.seed)
-    asked, finished = samples.row_prompts, samples.finished.tolist()
-    scores = torch.tensor(gold(asked, samples.texts), dtype=torch.float64)
-    pairs = []
-    firsts = [start + i for start in range(0, len(asked), samples.n) for i in range(0, samples.n - 1, 2)]
-    for i in firsts:
-        if samples.texts[i] == samples.texts[i + 1]:
-            continue
-        first_wins = coin.random() < torch.sigmoid(config.coin * (scores[i] - scores[i + 1])).item()
-        chosen, rejected = (i, i + 1) if first_wins else (i + 1, i)
-        ended = {"chosen_finished": finished[chosen], "rejected_finished": finished[rejected]}
-        pairs.append(Preference(asked[i], samples.texts[chosen], samples.texts[rejected], **ended))
+    scores = torch.tensor(gold(samples.row_prompts, samples.texts), dtype=torch.float64)
+    held_out = max(1, round(PAIRS_HELD_OUT * len(samples.prompts)))
+    pairs: dict[str, list[Preference]] = {"train": [], "heldout": []}
+    for prompt in range(len(samples.prompts)):
+        rows = range(prompt * samples.n, (prompt + 1) * samples.n)
+        part = "heldout" if prompt < held_out else "train"
+        couples = zip(rows[::2], rows[1::2], strict=False) if part == "heldout" else combinations(rows, 2)
+        for first, second in couples:
+            if samples.texts[first] != samples.texts[second]:
+                first_wins = coin.random() < torch.sigmoid(config.coin * (scores[first] - scores[second])).item()
+                pairs[part].append(pair_of(samples, *((first, second) if first_wins else (second, first))))
     return pairs
 
 
-def write_pairs(directory: Path, pairs: Sequence[Preference]) -> tuple[dict[str, Path], int]:
-    """The pairs as train and held-out files, no prompt in both, and how many are for training."""
+def pair_of(samples: Samples, chosen: int, rejected: int) -> Preference:
+    """Two rows of the samples as a preference; an answer that was cut stays marked as cut."""
+    from trimtab.records import Preference
+
+    return Preference(
+        samples.row_prompts[chosen],
+        samples.texts[chosen],
+        samples.texts[rejected],
+        chosen_finished=bool(samples.finished[chosen]),
+        rejected_finished=bool(samples.finished[rejected]),
+    )
+
+
+def write_pairs(directory: Path, pairs: dict[str, list[Preference]]) -> dict[str, Path]:
+    """The pairs as files, pairs-train.jsonl and pairs-heldout.jsonl."""
     from trimtab.data import to_row
     from trimtab.recipes.training import write_rows
 
-    held = {pair.prompt for pair in pairs[: max(1, round(PAIRS_HELD_OUT * len(pairs)))]}
-    files = {"train": directory / "pairs-train.jsonl", "heldout": directory / "pairs-heldout.jsonl"}
-    train = [to_row(pair) for pair in pairs if pair.prompt not in held]
-    if not train:
+    if not all(pairs.values()):
         raise ValueError("too few different answers came out to train on; give more --prompts or --answers.")
-    write_rows(files["train"], train)
-    write_rows(files["heldout"], (to_row(pair) for pair in pairs if pair.prompt in held))
-    return files, len(train)
+    files = {part: directory / f"pairs-{part}.jsonl" for part in pairs}
+    for part, path in files.items():
+        write_rows(path, (to_row(pair) for pair in pairs[part]))
+    return files
 
 
 def train_reward_model(directory: Path, files: dict[str, Path], config: Quickstart) -> dict[str, float]:
