@@ -42,9 +42,9 @@ class Quickstart:
     methods: tuple[Literal["best-of-n", "dpo"], ...] = ("best-of-n", "dpo")
     """What to compare with the start model."""
     prompts: int | None = None
-    """Prompts whose answers are compared, for training; 144, or 24 with the model tiny."""
+    """Prompts whose answers are compared, for training; 108, or 24 with the model tiny."""
     held_out_prompts: int | None = None
-    """Prompts that every method is judged on; 48, or 8 with the model tiny."""
+    """Prompts that every method is judged on; 40, or 8 with the model tiny."""
     answers: int = 4
     """Answers to each training prompt; every two of them become a pair."""
     n: int = 16
@@ -57,10 +57,10 @@ class Quickstart:
     """DPO's beta."""
     lr: float = 2e-5
     """Learning rate of DPO."""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """DPO's passes over the pairs."""
-    reward_lr: float = 2e-5
-    """Learning rate of the reward model."""
+    reward_lr: float = 2e-4
+    """Peak learning rate of the reward model; it falls to 0. High, because a new head has few steps to learn in."""
     dtype: Dtype = "auto"
     """Arithmetic of the model's body."""
     device: str = "auto"
@@ -71,7 +71,7 @@ class Quickstart:
     """Replace --out if it is a run directory."""
 
 
-PAIRS_HELD_OUT = 0.2
+PAIRS_HELD_OUT = 1 / 3
 """Share of the prompts whose pairs the reward model does not see."""
 EVALUATION_ANSWERS = 4
 BATCH_SIZE = 8
@@ -117,7 +117,7 @@ def quickstart(config: Quickstart) -> None:
 
 def with_sizes(config: Quickstart) -> Quickstart:
     """The config with every size decided. Refuses sizes that leave nothing to compare."""
-    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (144, 48)
+    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (108, 40)
     config = replace(
         config,
         prompts=prompts if config.prompts is None else config.prompts,
@@ -215,7 +215,7 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE),
+            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE, schedule="linear"),
         )
     )
 
@@ -373,7 +373,7 @@ def own_commands(config: Quickstart) -> list[str]:
     moved = f"--lr {config.lr:g} --epochs {config.epochs:g} --loss-args beta={config.beta:g}"
     return [
         "trimtab data check MY_PAIRS.jsonl --model MY_MODEL",
-        f"trimtab reward {pairs} --lr {config.reward_lr:g} --out runs/reward",
+        f"trimtab reward {pairs} --lr {config.reward_lr:g} --schedule linear --out runs/reward",
         "trimtab evaluate reward --reward runs/reward --data HELD_OUT.jsonl",
         f"trimtab best-of-n --model MY_MODEL --reward runs/reward {sampled} -n {config.n} --out best.jsonl",
         f"trimtab dpo {pairs} {moved} --out runs/dpo",
