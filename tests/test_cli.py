@@ -111,6 +111,12 @@ def test_the_chain_of_commands(pairs: str, tmp_path: Path, capsys: pytest.Captur
     rows = [json.loads(line) for line in Path(best).read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Say 1.", "Say 2."]
     assert all(row["reward"] == max(row["rewards"]) and len(row["rewards"]) == 4 for row in rows)
+    again = str(tmp_path / "again.jsonl")
+    assert main(["score", "--reward", reward, "--data", best, "--out", again]) == 0
+    rescored = [json.loads(line) for line in Path(again).read_text().splitlines()]
+    assert any(row.get("finished") is False for row in rescored), "five tokens cut some answer"
+    # One answer is one row of tokens to both commands; bf16 leaves a little.
+    assert [row["reward"] for row in rescored] == pytest.approx([row["reward"] for row in rows], abs=0.02)
     assert main(["generate", "--model", policy, "--data", prompts, "--out", answers, *few]) == 0
     assert main(["score", "--reward", reward, "--data", answers, "--out", scored]) == 0
     assert all(isinstance(json.loads(line)["reward"], float) for line in Path(scored).read_text().splitlines())

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from trimtab.batches import Tokens
 from trimtab.cli import main
 from trimtab.recipes.quickstart import Quickstart, labelled_pairs, with_sizes
-from trimtab.records import Prompt
+from trimtab.records import Answer, Prompt
 from trimtab.sampling import Samples
 
 METHODS = ["start", "best-of-16", "dpo"]
@@ -73,8 +74,8 @@ def test_the_coin_follows_bradley_terry() -> None:
     class Gold:
         name = "gold"
 
-        def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-            return [{"good": 0.3, "bad": 0.1}[response.split()[0]] for response in responses]
+        def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+            return [{"good": 0.3, "bad": 0.1}[answer.text.split()[0]] for answer in answers]
 
     config = with_sizes(Quickstart(coin=5.0))
     parts = labelled_pairs(samples_of(["good a", "bad b"] * 4000, 2), Gold(), config)
@@ -88,8 +89,8 @@ def test_training_takes_every_pair_of_a_prompt_and_held_out_pairs_share_no_answe
     class Gold:
         name = "gold"
 
-        def __call__(self, prompts: list[Prompt], responses: list[str]) -> list[float]:
-            return [0.0] * len(responses)
+        def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+            return [0.0] * len(answers)
 
     texts = ["a", "b", "c", "d", "same", "same", "x", "y", "e", "f", "g", "odd"]
     parts = labelled_pairs(samples_of(texts, 4), Gold(), with_sizes(Quickstart()))

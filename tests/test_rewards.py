@@ -17,12 +17,16 @@ from trimtab import rewards
 from trimtab.batches import Tokens
 from trimtab.builtin import tiny_policy
 from trimtab.models import Policy, load_scalar
-from trimtab.records import Prompt
+from trimtab.records import Answer, Demonstration, Prompt
 from trimtab.rewards import RULES, ImplicitReward, ModelReward, RuleReward, checked, implicit_source, parse_reward
-from trimtab.tokens import encode_answer, pad
+from trimtab.tokens import encode_answer, pad, tokenize
 
 TEXT = Prompt.from_text("A review: ", columns={"target": 3}, source="rows.jsonl:2")
 CHAT = Prompt.from_user("Say something.", answer="yes", columns={"target": 4})
+
+
+def texts(*answers: str) -> list[Answer]:
+    return [Answer(text) for text in answers]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,10 @@ def function_module(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
 
 
 def test_rules_hand_values() -> None:
-    assert parse_reward("length")([TEXT, CHAT], ["four", ""]) == [4.0, 0.0]
+    assert parse_reward("length")([TEXT, CHAT], texts("four", "")) == [4.0, 0.0]
     # VADER: "good" has valence 1.9, and the compound score is s / sqrt(s^2 + 15).
-    assert parse_reward("sentiment")([TEXT], ["good"])[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
-    good, plain, bad = parse_reward("sentiment")([TEXT] * 3, ["I love it!", "It is a chair.", "I hate it."])
+    assert parse_reward("sentiment")([TEXT], texts("good"))[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
+    good, plain, bad = parse_reward("sentiment")([TEXT] * 3, texts("I love it!", "It is a chair.", "I hate it."))
     assert good > plain == 0 > bad
     assert all(parse_reward(name).name == name for name in RULES)
 
@@ -73,38 +77,38 @@ def test_function_gets_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None
         return [weight * value for value in target]
 
     function_module(monkeypatch, asks=asks, takes_all=lambda **columns: seen.update(columns) or [0, 0])
-    assert parse_reward("py:somebodys_rewards:asks")([TEXT, CHAT], ["a", "b"]) == [6.0, 8.0]
+    assert parse_reward("py:somebodys_rewards:asks")([TEXT, CHAT], texts("a", "b")) == [6.0, 8.0]
     assert seen["prompts"] == ["A review: ", [{"role": "user", "content": "Say something."}]]
     assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]]
-    parse_reward("py:somebodys_rewards:takes_all")([TEXT, CHAT], ["a", "b"])
+    parse_reward("py:somebodys_rewards:takes_all")([TEXT, CHAT], texts("a", "b"))
     assert seen["answer"] == [None, "yes"] and seen["target"] == [3, 4]
 
 
 def test_function_that_needs_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     function_module(monkeypatch, solution=lambda completions, solution: [0.0])
     with pytest.raises(ValueError, match="needs solution; the data has answer, completions, prompts, target"):
-        parse_reward("py:somebodys_rewards:solution")([TEXT], ["a"])
+        parse_reward("py:somebodys_rewards:solution")([TEXT], texts("a"))
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "1.0", [1.0]])
 def test_what_is_no_finite_number_is_named_with_prompt_and_answer(value: Any) -> None:
     with pytest.raises(ValueError, match=r"(?s)mine returned .*'some answer'.*'A review: '.*rows\.jsonl:2"):
-        checked("mine", [TEXT], ["some answer"], [value])
+        checked("mine", [TEXT], texts("some answer"), [value])
 
 
 def test_number_of_values_is_checked() -> None:
     with pytest.raises(ValueError, match="1 values for 2 answers"):
-        checked("mine", [TEXT, TEXT], ["a", "b"], [1.0])
+        checked("mine", [TEXT, TEXT], texts("a", "b"), [1.0])
 
 
 def test_numbers_of_arrays_are_numbers() -> None:
-    assert checked("mine", [TEXT] * 3, ["a"] * 3, torch.tensor([1.0, 2.0, 3.0])) == [1.0, 2.0, 3.0]
+    assert checked("mine", [TEXT] * 3, texts(*"abc"), torch.tensor([1.0, 2.0, 3.0])) == [1.0, 2.0, 3.0]
 
 
 def test_model_reward_keeps_order_and_ignores_batches(policy: Policy) -> None:
     model = character_model(policy)
     answers = ["a much longer answer than the others", "b", "", "medium one", "b"]
-    scored = [ModelReward("m", model, batch_rows=rows)([TEXT] * 5, answers) for rows in (1, 2, 5)]  # type: ignore[arg-type]
+    scored = [ModelReward("m", model, batch_rows=rows)([TEXT] * 5, texts(*answers)) for rows in (1, 2, 5)]  # type: ignore[arg-type]
     expected = [
         float(model.scores(pad([encode_answer(policy.tokenizer, TEXT, answer)], policy.pad_id))[0])
         for answer in answers
@@ -113,24 +117,50 @@ def test_model_reward_keeps_order_and_ignores_batches(policy: Policy) -> None:
         assert values == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_cut_answer_is_scored_without_a_closing_token_as_in_training(policy: Policy) -> None:
+    model: Any = character_model(policy)
+    cut, ended = Answer("some words", finished=False), Answer("some words")
+    for prompt in (TEXT, CHAT):
+        records = [Demonstration(prompt, "some words", finished=False), Demonstration(prompt, "some words")]
+        rows = [item.rows[0] for item in tokenize(policy.tokenizer, records)]
+        assert len(rows[0].ids) == len(rows[1].ids) - 1
+        expected = [float(model.scores(pad([row], policy.pad_id))) for row in rows]
+        assert expected[0] != expected[1]
+        assert ModelReward("m", model)([prompt] * 2, [cut, ended]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_cut_answer_has_the_implicit_reward_of_its_own_tokens(policy: Policy) -> None:
+    other = tiny_policy(seed=1, dtype="float32", device="cpu")
+    cut, ended = ImplicitReward("i", other, policy, beta=1.0)(
+        [CHAT] * 2, [Answer("some words", finished=False), Answer("some words")]
+    )
+    tokens = pad([encode_answer(policy.tokenizer, CHAT, "some words")], policy.pad_id)
+    with torch.no_grad():
+        per_token = (other.logprobs(tokens) - policy.logprobs(tokens))[0]
+    assert ended == pytest.approx(float(per_token.sum()), abs=1e-5)
+    assert cut == pytest.approx(float(per_token[:-1].sum()), abs=1e-5) and abs(cut - ended) > 1e-4
+
+
 def test_overlong_answers_are_an_error_or_lose_their_prompt_but_are_never_left_out(policy: Policy) -> None:
     model: Any = character_model(policy)
     with pytest.raises(ValueError, match="--max-length"):
-        ModelReward("m", model, max_length=8)([TEXT], ["an answer of many tokens"])
+        ModelReward("m", model, max_length=8)([TEXT], texts("an answer of many tokens"))
     with pytest.raises(ValueError, match="every answer"):
-        ModelReward("m", model, max_length=8, overlong="drop")([TEXT], ["short"])
+        ModelReward("m", model, max_length=8, overlong="drop")([TEXT], texts("short"))
     answer = encode_answer(policy.tokenizer, TEXT, "yes")
-    cut = ModelReward("m", model, max_length=len(answer.ids) - 2, overlong="truncate-prompt-left")([TEXT], ["yes"])
+    cut = ModelReward("m", model, max_length=len(answer.ids) - 2, overlong="truncate-prompt-left")([TEXT], texts("yes"))
     assert len(cut) == 1 and cut[0] != model.scores(pad([answer], policy.pad_id)).item()
 
 
 def test_implicit_reward_is_beta_times_the_log_ratio(policy: Policy) -> None:
     other = tiny_policy(dtype="float32", device="cpu")
-    assert ImplicitReward("i", policy, other, beta=0.5)([TEXT, CHAT], ["a", "b"]) == pytest.approx([0, 0], abs=1e-6)
+    assert ImplicitReward("i", policy, other, beta=0.5)([TEXT, CHAT], texts("a", "b")) == pytest.approx(
+        [0, 0], abs=1e-6
+    )
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.mul_(1.1)
-    [value] = ImplicitReward("i", policy, other, beta=0.5)([TEXT], ["some words"])
+    [value] = ImplicitReward("i", policy, other, beta=0.5)([TEXT], texts("some words"))
     tokens = pad([encode_answer(policy.tokenizer, TEXT, "some words")], policy.pad_id)
     ratio = policy.logprobs(tokens).sum() - other.logprobs(tokens).sum()
     assert value == pytest.approx(0.5 * float(ratio.detach()), abs=1e-5) and value != 0
@@ -143,7 +173,7 @@ def test_saved_reward_model_is_a_reward(policy: Policy, tmp_path: Path) -> None:
     reward = parse_reward(str(tmp_path / "reward"), dtype="float32", device="cpu")
     rows = [encode_answer(policy.tokenizer, prompt, answer) for prompt, answer in [(TEXT, "good"), (CHAT, "bad one")]]
     expected = [float(trained.scores(pad([row], policy.pad_id)).detach()) for row in rows]
-    assert reward([TEXT, CHAT], ["good", "bad one"]) == pytest.approx(expected, abs=1e-5)
+    assert reward([TEXT, CHAT], texts("good", "bad one")) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="head"):
         parse_reward(str(tmp_path / "start"))
 
@@ -154,7 +184,7 @@ def test_run_of_a_policy_is_an_implicit_reward(policy: Policy, tmp_path: Path) -
     run = written_run(tmp_path / "run", model=str(tmp_path / "start"), loss="dpo", loss_args=["beta=0.25"])
     reward = parse_reward(f"implicit:{run}", dtype="float32", device="cpu")
     literal = ImplicitReward("literal", tiny_policy(seed=1), policy, beta=0.25)
-    answers = ["one", "two words"]
+    answers = texts("one", "two words")
     assert reward([TEXT, CHAT], answers) == pytest.approx(literal([TEXT, CHAT], answers), abs=1e-5)
     assert all(reward([TEXT, CHAT], answers))
 
@@ -216,5 +246,5 @@ def test_unknown_rewards_say_what_is_allowed(text: str, error: type[Exception], 
 
 
 def test_rule_reward_is_a_reward_for_any_rule() -> None:
-    reward = RuleReward("exclamations", lambda prompt, response: response.count("!"))
-    assert reward([TEXT] * 2, ["wow!!", "no"]) == [2.0, 0.0]
+    reward = RuleReward("exclamations", lambda prompt, answer: answer.text.count("!"))
+    assert reward([TEXT] * 2, texts("wow!!", "no")) == [2.0, 0.0]

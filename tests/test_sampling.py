@@ -221,6 +221,9 @@ def test_stop_token_ends_an_answer_and_belongs_to_it(policy: Policy) -> None:
         assert bool(finished) == (common in whole)
         assert text == decode(policy.tokenizer, cut[:-1] if finished else cut)
     assert stopped.finished.any() and not stopped.finished.all()
+    assert [answer.finished for answer in stopped.answers] == stopped.finished.tolist()
+    assert [list(answer.ids) for answer in stopped.answers] == responses(stopped)
+    assert [answer.text for answer in stopped.answers] == stopped.texts
 
 
 def test_end_of_sequence_that_is_also_padding(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

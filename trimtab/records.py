@@ -62,6 +62,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One answer as a reward sees it: its text without special tokens, and whether anybody ended it.
+
+    `finished` is false for an answer that was cut at a length limit, so that no end-of-sequence token follows it.
+    `ids` are the exact tokens drawn, the closing one included; empty where nobody knows them. `raw` is the text of
+    those tokens with the special ones written out.
+    """
+
+    text: str
+    finished: bool = True
+    ids: tuple[int, ...] = ()
+    raw: str | None = None
+
+
+@dataclass(frozen=True)
 class Demonstration:
     """An answer to imitate. Earlier assistant turns of a conversation stand in `prompt.messages`.
 
@@ -125,3 +140,15 @@ class Feedback:
 
 
 Record = Prompt | Demonstration | Preference | Ranking | Feedback
+
+
+def answers_of(record: Record) -> tuple[Answer, ...]:
+    """The answers of a record: chosen before rejected, best first, none for a prompt alone."""
+    match record:
+        case Demonstration() | Feedback():
+            return (Answer(record.response, record.finished),)
+        case Preference():
+            return (Answer(record.chosen, record.chosen_finished), Answer(record.rejected, record.rejected_finished))
+        case Ranking():
+            return tuple(Answer(response) for response in record.responses)
+    return ()

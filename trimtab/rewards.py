@@ -25,7 +25,7 @@ from torch import Tensor
 
 from trimtab.batches import Tokens, move
 from trimtab.progress import progress_bar
-from trimtab.records import Demonstration, Prompt
+from trimtab.records import Answer, Demonstration, Prompt
 from trimtab.tokens import Overlong, Row, fit, pad, tokenize
 
 if TYPE_CHECKING:
@@ -39,18 +39,18 @@ class Reward(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]: ...
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]: ...
 
 
-def checked(name: str, prompts: Sequence[Prompt], responses: Sequence[str], values: Iterable[Any]) -> list[float]:
+def checked(name: str, prompts: Sequence[Prompt], answers: Sequence[Answer], values: Iterable[Any]) -> list[float]:
     """The values as floats. ValueError, naming prompt and answer, unless there is one finite number for each answer."""
     values = list(values)
-    if len(values) != len(responses):
-        raise ValueError(f"reward {name} returned {len(values)} values for {len(responses)} answers")
-    for prompt, response, value in zip(prompts, responses, values, strict=True):
+    if len(values) != len(answers):
+        raise ValueError(f"reward {name} returned {len(values)} values for {len(answers)} answers")
+    for prompt, answer, value in zip(prompts, answers, values, strict=True):
         if not is_finite_number(value):
             raise ValueError(
-                f"reward {name} returned {value!r}, which is not a finite number, for the answer {response[:80]!r} "
+                f"reward {name} returned {value!r}, which is not a finite number, for the answer {answer.text[:80]!r} "
                 f"to the prompt {prompt.text[-80:]!r}{f' ({prompt.source})' if prompt.source else ''}"
             )
     return [float(value) for value in values]
@@ -71,21 +71,21 @@ class RuleReward:
     """A rule that looks at one answer at a time."""
 
     name: str
-    rule: Callable[[Prompt, str], float]
+    rule: Callable[[Prompt, Answer], float]
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        values = [self.rule(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        return checked(self.name, prompts, responses, values)
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        values = [self.rule(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return checked(self.name, prompts, answers, values)
 
 
-def length(prompt: Prompt, response: str) -> float:
+def length(prompt: Prompt, answer: Answer) -> float:
     """The number of characters of the answer."""
-    return float(len(response))
+    return float(len(answer.text))
 
 
-def sentiment(prompt: Prompt, response: str) -> float:
+def sentiment(prompt: Prompt, answer: Answer) -> float:
     """The answer's VADER compound score in [-1, 1] (Hutto and Gilbert 2014): how positive its words are."""
-    return float(vader().polarity_scores(response)["compound"])
+    return float(vader().polarity_scores(answer.text)["compound"])
 
 
 @cache
@@ -96,7 +96,7 @@ def vader() -> Any:
     return SentimentIntensityAnalyzer()
 
 
-RULES: dict[str, Callable[[Prompt, str], float]] = {"length": length, "sentiment": sentiment}
+RULES: dict[str, Callable[[Prompt, Answer], float]] = {"length": length, "sentiment": sentiment}
 
 
 # ---- Somebody's function
@@ -114,13 +114,13 @@ class FunctionReward:
     name: str
     function: Callable[..., Any]
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
         arguments: dict[str, list[Any]] = {
             **columns_of(prompts),
             "prompts": [as_trl(prompt) for prompt in prompts],
             "completions": [
-                response if prompt.is_text else [{"role": "assistant", "content": response}]
-                for prompt, response in zip(prompts, responses, strict=True)
+                answer.text if prompt.is_text else [{"role": "assistant", "content": answer.text}]
+                for prompt, answer in zip(prompts, answers, strict=True)
             ],
         }
         asked = asked_for(self.name, self.function, arguments)
@@ -130,7 +130,7 @@ class FunctionReward:
             raise ValueError(f"reward {self.name} raised {type(error).__name__}: {error}") from error
         if not isinstance(values, Iterable):
             raise ValueError(f"reward {self.name} returned {values!r}; it must return a list of one number an answer")
-        return checked(self.name, prompts, responses, values)
+        return checked(self.name, prompts, answers, values)
 
 
 def as_trl(prompt: Prompt) -> str | list[dict[str, str]]:
@@ -190,7 +190,7 @@ def module_exists(name: str) -> bool:
 
 @dataclass(frozen=True)
 class ModelReward:
-    """A reward model's score of an answer, read after its closing token."""
+    """A reward model's score of an answer, read at its last token: the closing one, unless the answer was cut."""
 
     name: str
     model: ScalarModel
@@ -198,10 +198,10 @@ class ModelReward:
     overlong: Overlong = "error"
     batch_rows: int = 16
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        rows = answer_rows(self.model.tokenizer, prompts, responses, self.max_length, self.overlong)
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        rows = answer_rows(self.model.tokenizer, prompts, answers, self.max_length, self.overlong)
         values = in_batches(rows, self.model.scores, self.model.pad_id, self.model.device, self.batch_rows, self.name)
-        return checked(self.name, prompts, responses, values)
+        return checked(self.name, prompts, answers, values)
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,11 @@ class ImplicitReward:
     overlong: Overlong = "error"
     batch_rows: int = 16
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        rows = answer_rows(self.policy.tokenizer, prompts, responses, self.max_length, self.overlong)
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float]:
+        rows = answer_rows(self.policy.tokenizer, prompts, answers, self.max_length, self.overlong)
         device, pad_id = self.policy.device, self.policy.pad_id
         values = in_batches(rows, self.scores, pad_id, device, self.batch_rows, self.name)
-        return checked(self.name, prompts, responses, values)
+        return checked(self.name, prompts, answers, values)
 
     def scores(self, tokens: Tokens) -> Tensor:
         """The implicit reward of every row, `[B]`."""
@@ -232,12 +232,16 @@ class ImplicitReward:
 
 
 def answer_rows(
-    tokenizer: Any, prompts: Sequence[Prompt], responses: Sequence[str], max_length: int | None, overlong: Overlong
+    tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Answer], max_length: int | None, overlong: Overlong
 ) -> list[Row]:
-    """Prompt and answer as one row each. ValueError if one is too long and not to be cut; none can be left out."""
+    """Prompt and answer as one row each; an answer that was cut has no closing token, as in training.
+
+    ValueError if one is too long and not to be cut; none can be left out.
+    """
     if overlong == "drop":
         raise ValueError("a reward scores every answer, so --overlong drop cannot be used: give error or truncate-...")
-    records = [Demonstration(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    pairs = zip(prompts, answers, strict=True)
+    records = [Demonstration(prompt, answer.text, finished=answer.finished) for prompt, answer in pairs]
     items = tokenize(tokenizer, records)
     if max_length is not None:
         items, counts = fit(items, max_length, overlong)

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from trimtab import records
 from trimtab.batches import PerToken, Tokens
 from trimtab.progress import progress_bar
 from trimtab.records import Prompt
@@ -70,6 +71,12 @@ class Samples:
     def row_prompts(self) -> list[Prompt]:
         """The prompt of every row, `P * n`."""
         return [prompt for prompt in self.prompts for _ in range(self.n)]
+
+    @property
+    def answers(self) -> list[records.Answer]:
+        """Every row's answer for a reward: its text, whether it ended, and the ids drawn."""
+        rows = zip(self.texts, self.finished.tolist(), self.tokens.ids, self.tokens.response_mask, strict=True)
+        return [records.Answer(text, finished, tuple(ids[drawn].tolist())) for text, finished, ids, drawn in rows]
 
 
 @dataclass(frozen=True)

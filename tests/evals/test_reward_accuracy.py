@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,8 +11,8 @@ from trimtab.evals.reward_accuracy import reward_accuracy
 from trimtab.records import Preference, Prompt
 from trimtab.rewards import RuleReward
 
-LENGTH = RuleReward("length", lambda prompt, response: len(response))
-LETTERS = RuleReward("letters", lambda prompt, response: response.count("a"))
+LENGTH = RuleReward("length", lambda prompt, answer: len(answer.text))
+LETTERS = RuleReward("letters", lambda prompt, answer: answer.text.count("a"))
 
 
 def pair(chosen: str, rejected: str, *, confidence: float = 1.0, subset: str | None = None) -> Preference:
@@ -56,6 +57,15 @@ def test_exchanging_every_pair_gives_the_complement_without_the_ties() -> None:
     count = there.accuracy.count
     assert there.accuracy.value + back.accuracy.value == 1 - there.ties / count
     assert there.margin.value == -back.margin.value
+
+
+ENDED = RuleReward("ended", lambda prompt, answer: answer.finished)
+
+
+@pytest.mark.parametrize("confidence", [1.0, 0.2])
+def test_the_reward_sees_which_answers_were_cut_also_where_they_are_exchanged(confidence: float) -> None:
+    cut = replace(pair("a", "b", confidence=confidence), rejected_finished=False)
+    assert reward_accuracy(ENDED, [cut]).margin.value == (1 if confidence > 0.5 else -1)
 
 
 def test_subset_by_another_column_or_none() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
-from trimtab.records import Preference
+from trimtab.records import Preference, answers_of
 from trimtab.rewards import Reward
 
 TIE = 0.5
@@ -76,15 +76,21 @@ def oriented(preference: Preference) -> Preference:
     """The same pair with the answer that is probably better as `chosen`."""
     if preference.confidence > TIE:
         return preference
-    return Preference(preference.prompt, preference.rejected, preference.chosen, confidence=1 - preference.confidence)
+    return replace(
+        preference,
+        chosen=preference.rejected,
+        rejected=preference.chosen,
+        confidence=1 - preference.confidence,
+        chosen_finished=preference.rejected_finished,
+        rejected_finished=preference.chosen_finished,
+    )
 
 
 def score_margins(reward: Reward, pairs: Sequence[Preference]) -> list[float]:
     """The chosen answer's score minus the rejected one's, for every pair; one call, so that batches are full."""
-    prompts = [pair.prompt for pair in pairs]
-    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    scores = reward(prompts + prompts, responses)
-    return [better - worse for better, worse in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+    answers = [answer for pair in pairs for answer in answers_of(pair)]
+    scores = reward([pair.prompt for pair in pairs for _ in range(2)], answers)
+    return [better - worse for better, worse in zip(scores[::2], scores[1::2], strict=True)]
 
 
 def share_positive(margins: Sequence[float]) -> Estimate:

@@ -53,7 +53,7 @@ def best_of_n(config: BestOfN) -> None:
     reward = parse_reward(config.reward, **training.scoring(config.model))
     policy = training.load_for_sampling(config)
     samples = sample(policy, prompts, config.n, seed=config.seed, progress=True, **asdict(config.sampling))
-    scores = torch.tensor(reward(samples.row_prompts, samples.texts), dtype=torch.float64).view(-1, config.n)
+    scores = torch.tensor(reward(samples.row_prompts, samples.answers), dtype=torch.float64).view(-1, config.n)
     rows = []
     for i, best in enumerate(best_of(scores).tolist()):
         row = i * config.n + best

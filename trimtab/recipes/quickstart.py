@@ -166,7 +166,7 @@ def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> dict[s
     import torch
 
     coin = random.Random(config.seed)
-    scores = torch.tensor(gold(samples.row_prompts, samples.texts), dtype=torch.float64)
+    scores = torch.tensor(gold(samples.row_prompts, samples.answers), dtype=torch.float64)
     held_out = max(1, round(PAIRS_HELD_OUT * len(samples.prompts)))
     pairs: dict[str, list[Preference]] = {"train": [], "heldout": []}
     for prompt in range(len(samples.prompts)):
@@ -304,8 +304,8 @@ class Judged:
         """Gold reward, proxy reward and length in tokens of every answer, each `[prompts, answers]` in float64."""
         import torch
 
-        asked = samples.row_prompts
-        scores = (self.gold(asked, samples.texts), self.proxy(asked, samples.texts))
+        asked, answers = samples.row_prompts, samples.answers
+        scores = (self.gold(asked, answers), self.proxy(asked, answers))
         gold, proxy = (torch.tensor(values, dtype=torch.float64).view(-1, samples.n) for values in scores)
         return gold, proxy, samples.tokens.response_lengths.double().view(-1, samples.n).cpu()
 

@@ -25,8 +25,9 @@ class Score:
 def score(config: Score) -> None:
     """Read rows, score every answer, write the rows with their rewards."""
     from trimtab import data
-    from trimtab.data.checks import answers, prompt_of
+    from trimtab.data.checks import prompt_of
     from trimtab.recipes import training
+    from trimtab.records import answers_of
     from trimtab.rewards import parse_reward
 
     check_file(config.out, overwrite=config.overwrite)
@@ -37,7 +38,7 @@ def score(config: Score) -> None:
         max_length=config.reward.max_length,
         overlong=config.reward.overlong,
     )
-    given = [(prompt_of(record), answer) for record in records for answer in answers(record)]
+    given = [(prompt_of(record), answer) for record in records for answer in answers_of(record)]
     if not given:
         raise ValueError(
             f"{config.data}: its rows have prompts and no answers to score. `trimtab generate` writes some."
@@ -45,6 +46,6 @@ def score(config: Score) -> None:
     scores = iter(reward([prompt for prompt, _ in given], [answer for _, answer in given]))
     rows = []
     for record in records:
-        found = [next(scores) for _ in answers(record)]
+        found = [next(scores) for _ in answers_of(record)]
         rows.append({**data.to_row(record), "reward": found[0] if len(found) == 1 else found})
     training.write_rows(config.out, rows)
