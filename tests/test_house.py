@@ -240,8 +240,10 @@ def registered() -> set[str]:
     from trimtab.losses.preference import PREFERENCE_LOSSES
     from trimtab.losses.reward import REWARD_LOSSES
     from trimtab.losses.unpaired import UNPAIRED_LOSSES
+    from trimtab.rewards import ENSEMBLES, RULES
 
-    return {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES}
+    ensembles = {f"ensemble:{name}(R1,R2,...)" for name in ENSEMBLES}
+    return {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES, *RULES, *ensembles}
 
 
 def test_every_registered_name_has_a_page():
