@@ -19,8 +19,8 @@ LAYERS = (
     {"records", "progress"},
     {"batches", "precision", "layout", "kl", "losses", "advantages"},
     {
-        *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
+        *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
+        *("judges", "references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
