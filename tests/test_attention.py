@@ -16,7 +16,7 @@ from trimtab import attention
 from trimtab.attention import compiled
 from trimtab.batches import Tokens
 from trimtab.builtin import byte_tokenizer
-from trimtab.layout import ONE_SEQUENCE, lay_out
+from trimtab.layout import lay_out
 from trimtab.models import Policy, make_policy
 from trimtab.precision import Precision
 
@@ -36,7 +36,8 @@ def network_of(family: str, **more) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = config_of(family, max_position_embeddings=512, **more)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        eager = {"attn_implementation": "eager"} if family == "gemma2" else {}
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
 
 
 def policy_of(family: str, *, frozen: bool = False, dtype: str = "float32", device: str = "cpu", **more) -> Policy:
@@ -205,11 +206,11 @@ def test_what_cannot_be_is_refused_by_name() -> None:
             policy.body.use_layout(share=False, attention=name)
     with pytest.raises(ValueError, match="attention fast: allowed are auto, sdpa, flex"):
         policy.body.use_layout(attention="fast")  # pyright: ignore[reportArgumentType]
-    capped = policy_of("gemma2", frozen=True)
-    with pytest.raises(ValueError, match="attention sdpa: Gemma2ForCausalLM runs its own, eager"):
-        capped.body.use_layout(attention="sdpa")
-    with pytest.raises(ValueError, match="attention flex: Gemma2ForCausalLM does not leave its attention to"):
-        capped.body.use_layout(attention="flex")
+    sinking = policy_of("gpt_oss", frozen=True)
+    with pytest.raises(ValueError, match="attention sdpa: GptOssForCausalLM runs its own, eager"):
+        sinking.body.use_layout(attention="sdpa")
+    with pytest.raises(ValueError, match="attention flex: GptOssForCausalLM does not leave its attention to"):
+        sinking.body.use_layout(attention="flex")
     assert policy.body.arrangement is not None, "a refused layout changes nothing"
 
 
@@ -223,7 +224,7 @@ def run_lengths(make, attend, device: str = "cpu", *, grad: bool) -> None:
     """Masks and attention of six packed batches, of two and more blocks of 128, one block count equal to the heads."""
     for prompt in (60, 75, 90, 130, 250, 110):
         tokens = pairs(prompt, (5, 9, 3, 6, 30, 2))
-        layout = lay_out(Tokens(*(t.to(device) for t in vars(tokens).values())), share=True, capacity=ONE_SEQUENCE)
+        layout = lay_out(Tokens(*(t.to(device) for t in vars(tokens).values())), share=True)
         length = layout.ids.shape[1]
         mask = make(layout.mask_mod(7), 1, None, length, length, device=torch.device(device))
         query, key, value = (torch.randn(1, heads, length, 16, device=device) for heads in (4, 2, 2))
@@ -232,6 +233,8 @@ def run_lengths(make, attend, device: str = "cpu", *, grad: bool) -> None:
             dense = layout.mask(7)
             expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, dense, enable_gqa=True)
         assert error(found, expected) < 1e-5
+        if grad:
+            found.sum().backward()
 
 
 @TORCHS_OWN

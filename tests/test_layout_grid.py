@@ -224,12 +224,13 @@ def found_step(model: Any, case: Case, batch: Any, rows: int) -> tuple[float, Te
 
 
 def batches(case: Case, pad_id: int, reference: FrozenPolicy | None) -> Iterator[tuple[str, Any]]:
-    """The batch with its reference from each source; as it is where none is read."""
+    """The batch with its reference from each of two sources; where none is read, the same twice."""
     batch = case.collate(case.items, pad_id)
     everything = range(len(case.items))
     if reference is None or not case.referenced:
-        plain = Referenced(batch, torch.zeros(batch.tokens.ids.shape)) if not case.scores else batch
-        yield "no reference", batch if isinstance(case.objective, DemonstrationObjective) else plain
+        attached = isinstance(case.objective, PreferenceObjective | FeedbackObjective)
+        plain = Referenced(batch, torch.zeros(batch.tokens.ids.shape)) if attached else batch
+        yield from [("no reference", plain)] * 2
         return
     yield "live", LiveReference(reference, 5).attach(batch, everything)
     yield "stored", store(reference, case.items, pad_id=pad_id, max_rows=4).attach(batch, everything)
@@ -252,13 +253,14 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor], nam
 
 def check(model: Any, reference: FrozenPolicy | None, case: Case, layouts: Sequence[str]) -> None:
     expected = expected_step(model, case, expected_batch(case, model.pad_id, reference))
-    assert expected[1].abs().max() > 1e-4
+    assert expected[1].abs().max() > 1e-5
+    tokens = case.collate(case.items, model.pad_id).tokens
     for layout in layouts:
         for body in (model.body, *([reference.policy.body] if reference else [])):
             body.use_layout(**LAYOUTS[layout])
-        for source, batch in batches(case, model.pad_id, reference):
-            for rows in (6, 100):
-                assert_same(found_step(model, case, batch, rows), expected, f"{layout}, {source}, {rows} rows")
+            assert (body.layout(tokens) is None) == (layout == "rows")
+        for rows, (source, batch) in zip((6, 100), batches(case, model.pad_id, reference), strict=True):
+            assert_same(found_step(model, case, batch, rows), expected, f"{layout}, {source}, {rows} rows")
 
 
 def model_and_reference(family: str, case: Case, **options: Any) -> tuple[Any, FrozenPolicy | None]:
@@ -269,7 +271,9 @@ def model_and_reference(family: str, case: Case, **options: Any) -> tuple[Any, F
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_do_not_depend_on_the_layout(name: str, family: str) -> None:
     case = CASES[name]()
-    check(*model_and_reference(family, case), case, list(LAYOUTS))
+    check(
+        *model_and_reference(family, case), case, list(LAYOUTS) if family == "llama" else ["rows", "shared", "packed"]
+    )
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto"])
@@ -278,6 +282,7 @@ def test_the_same_with_an_adapter_whose_reference_is_the_model_without_it(name: 
     check(*model_and_reference("llama", case, lora_rank=2), case, ["rows", "shared"])
 
 
+@pytest.mark.filterwarnings("ignore:RecurrentGemmaForCausalLM. its head is not known here:UserWarning")
 @pytest.mark.parametrize(("family", "name"), [(family, name) for family in FALLING_BACK for name in CASES])
 def test_families_that_cannot_share_fall_back_to_rows(family: str, name: str) -> None:
     case = CASES[name]()
@@ -313,22 +318,22 @@ def watch(network: PreTrainedModel) -> Shapes:
 
 @pytest.mark.parametrize("scores", [False, True])
 def test_each_layout_runs_other_sequences(scores: bool) -> None:
-    """Twelve rows of at most 26 tokens; 62 tokens of prompts and 55 of answers in six groups; at most 60 a sequence."""
+    """Twelve rows of at most 22 tokens; 62 tokens of prompts and 55 of answers in six groups; at most 60 a sequence."""
     case = CASES["reward" if scores else "dpo"]()
     model, _ = model_and_reference("llama", case)
     tokens = case.collate(case.items, model.pad_id).tokens
     seen = watch(model.model)
     shapes = {}
-    for name, options in LAYOUTS.items():
+    for name, options in {**LAYOUTS, "packed tightly": {"share": False, "capacity": 24}}.items():
         model.body.use_layout(**options)
         model.scores(tokens) if scores else model.logprobs(tokens)
         shapes[name] = seen.calls.pop()
         assert not seen.calls, "one call for all rows"
-    assert shapes["rows"] == (12, 29)
-    assert shapes["shared"][0] * shapes["shared"][1] < 12 * 29 * 0.5
-    assert shapes["packed"][1] > 29
+    assert shapes["rows"] == (12, 22)
+    assert shapes["shared"][0] * shapes["shared"][1] < 12 * 22 * 0.6
+    assert shapes["packed"][1] > 22
     assert 117 <= shapes["shared and packed"][0] * shapes["shared and packed"][1] < 1.3 * 117
-    assert len(set(shapes.values())) == len(LAYOUTS)
+    assert shapes["packed tightly"][1] <= 24 < shapes["packed"][1] <= 60
 
 
 def test_answers_of_one_ranking_run_their_prompt_once() -> None:

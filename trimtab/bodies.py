@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trimtab.attention import FLEX, Attention, can_take_flex, implementation_of, layout_masks, set_flex
 from trimtab.batches import PerToken, Tokens, move
-from trimtab.layout import ONE_SEQUENCE, Arrangement, Layout, arrange, lay_out, pair_price, positions_of
+from trimtab.layout import Arrangement, Layout, arrange, lay_out, pair_price, positions_of
 from trimtab.precision import Precision
 from trimtab.projection import Head, States, TokenStatistics, head_of, log_distributions, logprobs_of, statistics_of
 from trimtab.weights import score_head
@@ -97,7 +97,7 @@ class Body(nn.Module):
         if self.arrangement is None:
             return None
         if self.attention == "flex":
-            return lay_out(tokens, share=self.arrangement.share, capacity=ONE_SEQUENCE)
+            return lay_out(tokens, share=self.arrangement.share)
         return arrange(tokens, self.arrangement, pair_price(self.network.config.get_text_config().hidden_size))
 
     def forward(self, tokens: Tokens, layout: Layout | None) -> Tensor:
@@ -123,7 +123,9 @@ class Body(nn.Module):
         attention: Attention = "auto",
         precision: Precision = FLOAT32,
     ) -> None:
-        """Share prompts or not, fill sequences up to `capacity` tokens; neither runs rows as they are.
+        """Share prompts or not, fill sequences up to `capacity` tokens (0: see `Arrangement`).
+
+        Without both, rows run as they are.
 
         `attention` runs layouts: "auto" is FlexAttention on CUDA, if it gives what the family's own attention gives on
         some random tokens in `precision`. FlexAttention puts all rows into one sequence, whatever the capacity.
@@ -172,7 +174,7 @@ class Body(nn.Module):
         """
         longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         tokens = probe_tokens(self.network, min(FLEX_PROBE, longest or FLEX_PROBE))
-        layout = lay_out(tokens, share=True, capacity=ONE_SEQUENCE)
+        layout = lay_out(tokens, share=True)
         set_flex(self.network, False)
         with precision.context(self.network.device):
             expected = probe(self, tokens, layout, as_rows=True)

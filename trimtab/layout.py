@@ -13,7 +13,7 @@ is seen (`Layout.until`), the end of its group for a prompt's token and the end 
 
 from __future__ import annotations
 
-import sys
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import no_type_check
@@ -27,11 +27,12 @@ from trimtab.batches import Mask, Tokens
 WORTH_IT = 0.9
 """A layout is used where it costs at most this share of what padded rows cost."""
 
-ATTENTION_COST = 2.0
-"""How much longer a multiplication takes in attention under an explicit mask than in a layer's matrix products."""
+ATTENTION_COST = 4.0
+"""How much longer a multiplication takes in attention under an explicit mask than in a layer's matrix products.
 
-ONE_SEQUENCE = sys.maxsize
-"""The capacity that puts everything into one sequence, for attention that skips what nobody sees."""
+Forward and backward on one core with AVX-512: 5 to 6 times in bf16, 1.2 to 1.4 times in float32, for sequences of 256
+to 1,024 tokens; hardly less without the mask.
+"""
 
 RowLengths = Int[Tensor, " B"]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -42,7 +43,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Arrangement:
     """How rows may be laid out: `share` equal prompts of neighbours, fill sequences up to `capacity` tokens.
 
-    With capacity 0 a sequence is as long as the longest group, which only fills up what would be padding.
+    With capacity 0 sequences are as long as is cheapest, and rows stay as they are where that is cheaper.
     """
 
     share: bool = True
@@ -74,8 +75,8 @@ class Layout:
             return (key <= query) & (query <= until[sequence, key])
 
         def sees_near(sequence, head, query, key):
-            distance = positions[sequence, query] - positions[sequence, key]
-            return sees(sequence, head, query, key) & (distance < window)
+            near = positions[sequence, query] < positions[sequence, key] + window
+            return sees(sequence, head, query, key) & near
 
         return sees_near if window else sees
 
@@ -114,28 +115,29 @@ def pair_price(width: int) -> float:
     return ATTENTION_COST / (6 * width)
 
 
-def cost(shape: tuple[int, ...], pair_price: float, *, skips: bool = False) -> float:
-    """What running sequences `[S, L]` costs, in tokens. Plain causal attention `skips` the half that is not seen."""
+def cost(shape: tuple[int, ...], pair_price: float) -> float:
+    """What running sequences `[S, L]` costs, in tokens. The attention looks at every pair, seen or not."""
     sequences, length = shape
-    return sequences * length * (1 + pair_price * length / (2 if skips else 1))
+    return sequences * length * (1 + pair_price * length)
 
 
 def arrange(tokens: Tokens, arrangement: Arrangement, pair_price: float) -> Layout | None:
     """The layout of some rows; None where padded rows cost hardly more. An explicit capacity is always used."""
     groups = find_groups(tokens, share=arrangement.share)
-    bins = fill_bins(groups.lengths, arrangement.capacity)
-    as_rows = cost(tokens.ids.shape, pair_price, skips=bool(tokens.attention_mask.all()))
-    worth_it = cost((len(bins), longest_of(bins, groups)), pair_price) <= WORTH_IT * as_rows
+    bins = fill_bins(groups.lengths, arrangement.capacity, pair_price)
+    shape = len(bins), fullest(bins, groups.lengths)
+    worth_it = cost(shape, pair_price) <= WORTH_IT * cost(tokens.ids.shape, pair_price)
     return place_groups(tokens, groups, bins) if worth_it or arrangement.capacity else None
 
 
-def lay_out(tokens: Tokens, *, share: bool, capacity: int = 0) -> Layout:
-    """Rows as sequences of at most `capacity` tokens (or of the longest group, where that is more).
+def lay_out(tokens: Tokens, *, share: bool, capacity: int = 0, pair_price: float = 0.0) -> Layout:
+    """Rows as the cheapest sequences, of at most `capacity` tokens (or the longest group) unless it is 0.
 
-    With `share`, neighbouring rows with the same prompt run it once.
+    With `share`, neighbouring rows with the same prompt run it once. Where pairs cost nothing, since attention skips
+    those that are not seen, one sequence holds everything and no padding.
     """
     groups = find_groups(tokens, share=share)
-    return place_groups(tokens, groups, fill_bins(groups.lengths, capacity))
+    return place_groups(tokens, groups, fill_bins(groups.lengths, capacity, pair_price))
 
 
 def find_groups(tokens: Tokens, *, share: bool) -> Groups:
@@ -164,15 +166,10 @@ def continues(ids: Int[Tensor, "B T"], prompts: RowLengths) -> Bool[Tensor, " _"
     return (prompts[1:] == prompts[:-1]) & (prompts[1:] > 0) & ~differs.any(-1)
 
 
-def longest_of(bins: Sequence[Sequence[int]], groups: Groups) -> int:
-    """Tokens of the fullest bin."""
-    return max(sum(groups.lengths[g] for g in members) for members in bins)
-
-
 def place_groups(tokens: Tokens, groups: Groups, bins: Sequence[Sequence[int]]) -> Layout:
     """The layout in which sequence `s` holds the groups `bins[s]`, one after the other."""
     device = tokens.ids.device
-    shape = len(bins), longest_of(bins, groups)
+    shape = len(bins), fullest(bins, groups.lengths)
     starts = group_starts(bins, groups.lengths, shape[1]).to(device)[groups.number]
     ends = starts + torch.tensor(groups.lengths, device=device)[groups.number]
     branches = starts + groups.shared + earlier_branches(groups)
@@ -197,13 +194,13 @@ def place_groups(tokens: Tokens, groups: Groups, bins: Sequence[Sequence[int]]) 
 
 def group_starts(bins: Sequence[Sequence[int]], lengths: Sequence[int], length: int) -> Int[Tensor, " G"]:
     """Where each group starts in the flattened sequences of `length` tokens."""
-    starts = torch.zeros(len(lengths), dtype=torch.long)
+    starts = [0] * len(lengths)
     for sequence, members in enumerate(bins):
         at = sequence * length
         for g in members:
             starts[g] = at
             at += lengths[g]
-    return starts
+    return torch.tensor(starts)
 
 
 def earlier_branches(groups: Groups) -> RowLengths:
@@ -213,17 +210,37 @@ def earlier_branches(groups: Groups) -> RowLengths:
     return before - before[is_first][groups.number]
 
 
-def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: which items go into which bin of `capacity` (or the longest item, where that is more)."""
-    capacity = max(capacity, *lengths, 1)
-    bins: list[list[int]] = []
-    room: list[int] = []
+def fill_bins(lengths: Sequence[int], capacity: int, pair_price: float) -> list[list[int]]:
+    """Which items go into which bin: of the even partitions into 1, 2, 3, ... bins the cheapest to run.
+
+    No bin holds more than `capacity`, or the longest item where that is more; 0 allows any.
+    """
+    longest = max(lengths)
+    allowed = max(capacity, longest) if capacity else sum(lengths)
+    best: list[list[int]] = []
+    for number in range(1, len(lengths) + 1):
+        bins = even_bins(lengths, number)
+        fill = fullest(bins, lengths)
+        if fill <= allowed and (
+            not best or cost((number, fill), pair_price) < cost((len(best), fullest(best, lengths)), pair_price)
+        ):
+            best = bins
+        if fill == longest:
+            break  # more bins would be more padding
+    return best
+
+
+def even_bins(lengths: Sequence[int], number: int) -> list[list[int]]:
+    """Items in bins of similar fill: the longest first, each into the bin with the most room."""
+    bins: list[list[int]] = [[] for _ in range(number)]
+    fills = [(0, b) for b in range(number)]
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = next((b for b, left in enumerate(room) if left >= lengths[item]), None)
-        if fitting is None:
-            bins.append([])
-            room.append(capacity)
-            fitting = len(bins) - 1
-        bins[fitting].append(item)
-        room[fitting] -= lengths[item]
+        fill, b = fills[0]
+        bins[b].append(item)
+        heapq.heapreplace(fills, (fill + lengths[item], b))
     return bins
+
+
+def fullest(bins: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """What the fullest bin holds."""
+    return max(sum(lengths[item] for item in members) for members in bins)
