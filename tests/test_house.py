@@ -19,9 +19,9 @@ LAYERS = (
     {"records", "progress"},
     {"batches", "precision", "layout", "kl", "losses", "advantages"},
     {
-        *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("memory", "reference_cache", "references", "rollouts", "objectives", "learner", "checkpoint", "parallel"),
-        *("run",),
+        *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
+        *("judges", "memory", "reference_cache", "references", "rollouts", "objectives", "learner", "checkpoint"),
+        *("parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
