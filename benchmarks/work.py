@@ -107,11 +107,11 @@ def words_of(messages: Sequence[dict[str, str]]) -> int:
 
 
 def plain(pair: dict[str, Any]) -> Row:
-    """A pair of conversations as plain text, the way the HH data were published."""
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    """A pair of conversations as plain text, under names that trimtab does not read as a conversation again."""
+    names = {"user": "Question", "assistant": "Answer", "system": "Task"}
     turns = [f"\n\n{names[turn['role']]}: {turn['content'].strip()}" for turn in pair["prompt"]]
     answers = {name: " " + " ".join(turn["content"].strip() for turn in pair[name]) for name in ("chosen", "rejected")}
-    return {"prompt": "".join(turns).lstrip() + "\n\nAssistant:", **answers}
+    return {"prompt": "".join(turns).lstrip() + "\n\nAnswer:", **answers}
 
 
 def cut(row: Row, max_length: int, longest: Callable[[Row], int]) -> Row:

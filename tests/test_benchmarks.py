@@ -15,7 +15,9 @@ import torch
 from benchmarks import alternate, floor, gpu, growth, ours, report
 from benchmarks.process import Job, Result, token_facts
 from benchmarks.work import WORDS, WORKS, conversation_rows, cut, filled, scaled, write_rows, written_rows
+from trimtab import data
 from trimtab.builtin import tiny, write_tiny
+from trimtab.records import Preference
 
 ROOT = Path(__file__).parents[1]
 TINY_BODY = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)  # two layers: q and o, k and v, three of the feed-forward
@@ -58,8 +60,10 @@ def test_conversations_with_long_prompts_become_plain_text(tmp_path: Path) -> No
     with gzip.open(path, "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in (short, pair, rambling))
     [row] = conversation_rows(replace(WORKS["dpo_hh"], items=1), path)
-    assert row["prompt"].startswith("Human: word word")
-    assert row["prompt"].endswith("word\n\nHuman: word\n\nAssistant:")
+    assert row["prompt"].startswith("Question: word word")
+    assert row["prompt"].endswith("word\n\nQuestion: word\n\nAnswer:")
+    [record] = data.load(write_rows(tmp_path / "plain.jsonl", [row]), Preference).records
+    assert record.prompt.text == row["prompt"] and record.prompt.is_text
     assert (row["chosen"], row["rejected"]) == (" word word", " word")
     with pytest.raises(ValueError, match="1 prompts of 150 words or more; 2 are needed"):
         conversation_rows(replace(WORKS["dpo_hh"], items=2), path)
