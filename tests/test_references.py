@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimtab.builtin import tiny_policy
 from trimtab.losses.arguments import combine
 from trimtab.losses.preference import ALL_LOSSES
 from trimtab.models import Policy, load_policy
