@@ -128,7 +128,7 @@ def filled(rows: Sequence[Row], lengths: Sequence[int], work: Work) -> list[Row]
     from trimtab.layout import fill_bins
 
     count = len(rows)
-    while count > 1 and len(fill_bins(lengths[:count], work.max_length)) > work.fill:
+    while count > 1 and len(fill_bins(lengths[:count], work.max_length, pair_price=0.0)) > work.fill:
         count -= 1
     return list(rows[:count])
 
