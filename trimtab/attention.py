@@ -68,6 +68,7 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    # Not compiled on CPUs: what torch 2.13 generates there for dynamic lengths is no valid C++.
     run = flex_attention if query.device.type == "cpu" else compiled(flex_attention)
     found = run(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     return found.transpose(1, 2).contiguous(), None
