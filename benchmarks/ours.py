@@ -24,6 +24,7 @@ from trimtab.losses.arguments import combine
 from trimtab.losses.preference import ALL_LOSSES
 from trimtab.losses.reward import REWARD_LOSSES
 from trimtab.losses.unpaired import UNPAIRED_LOSSES
+from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import load_policy, load_scalar, load_tokenizer, make_policy, make_scalar
 from trimtab.objectives import (
     DemonstrationObjective,
@@ -46,17 +47,25 @@ Wired = tuple[Any, Objective, training.Items, int]
 """A model, what it minimizes, its data with references, and the memory that the model alone takes."""
 
 
-def options(job: Job, *, rows: int) -> dict[str, Any]:
-    """The groups of options that the recipes share: one batch of all items, in one micro-batch, as the peer runs it."""
+ITEM_ROWS = {"dpo": 2, "kto": 2, "reward": 2, "sft": 1}
+
+
+def step_options(job: Job) -> StepOptions:
+    """One batch of all items, in one micro-batch, as the peer runs it."""
     items = len(job.read_rows())
-    steps = StepOptions(
-        lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows * items, warmup=0.0, share_prompts=job.share
+    rows = ITEM_ROWS[job.kind] * items
+    return StepOptions(
+        lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share
     )
+
+
+def options(job: Job) -> dict[str, Any]:
+    """The groups of options that the recipes share."""
     return {
         "model": ModelOptions(job.model, dtype=job.dtype, device=job.device),
         "data": DataOptions(job.rows, max_length=job.max_length),
         "run": RunOptions(out="unused", samples=0),
-        "steps": steps,
+        "steps": step_options(job),
     }
 
 
@@ -68,7 +77,7 @@ def read(job: Job, config: Any, kind: type, encoder: Callable[..., Any], collate
 
 def dpo(job: Job) -> Wired:
     """Preference pairs with stored reference log-probabilities."""
-    config = Dpo(**options(job, rows=2))
+    config = Dpo(**options(job), reference_cache=False)
     policy = training.load(policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, policy.tokenizer), pair_batch, policy.pad_id)
@@ -78,7 +87,7 @@ def dpo(job: Job) -> Wired:
 
 def kto(job: Job) -> Wired:
     """Unpaired feedback with stored reference log-probabilities."""
-    config = Kto(**options(job, rows=2))
+    config = Kto(**options(job), reference_cache=False)
     policy = training.load(policy_loader(job), config)
     loaded = held(job)
     encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
@@ -89,7 +98,7 @@ def kto(job: Job) -> Wired:
 
 def reward(job: Job) -> Wired:
     """Preference pairs for a reward model; its head is already in the folder, so that both sides have the same."""
-    config = Reward(**options(job, rows=2))
+    config = Reward(**options(job))
     model = training.load(scalar_loader(job), config, new_head=False)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, model.tokenizer), pair_batch, model.pad_id)
@@ -98,7 +107,7 @@ def reward(job: Job) -> Wired:
 
 def sft(job: Job) -> Wired:
     """Packed demonstrations."""
-    config = Sft(**options(job, rows=1), packing=True)
+    config = Sft(**options(job), packing=True)
     policy = training.load(policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Demonstration, partial(encode, policy.tokenizer), demonstration_batch, policy.pad_id)
@@ -109,7 +118,7 @@ KINDS: dict[str, Callable[[Job], Wired]] = {"dpo": dpo, "kto": kto, "reward": re
 
 
 def referenced(items: training.Items, policy: Any, config: Any) -> training.Items:
-    """Items whose batches carry the start policy's log-probabilities, computed once."""
+    """Items whose batches carry the start policy's log-probabilities, computed here and not read from a cache."""
     scorer = training.reference_of(policy, config, needed=True)
     with_them, _ = training.with_reference({"train": items}, scorer, policy, config, steps=1)
     return with_them["train"]
@@ -154,7 +163,12 @@ def run(job: Job) -> Result:
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, objective, items, loaded = KINDS[job.kind](job)
-    steps = StepOptions(lr=job.lr, warmup=0.0, micro_batch_rows=10**9)
+    steps = step_options(job)
+    checkpointing = choose_checkpointing(
+        steps.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
+    )
+    if checkpointing.on:
+        recompute_layers(model.model)
     learner = with_optimizer(training.make_learner(model, objective, steps, 1 + job.steps), job)
     batch = items.batch(range(len(items.encoded)))
     clock, told = Clock(), []
@@ -173,8 +187,9 @@ def run(job: Job) -> Result:
         peak=peak(job),
         threads=torch.get_num_threads(),
         versions=versions(),
-        note=model.arithmetic.why,
+        note=f"{model.arithmetic.why}; gradient checkpointing {checkpointing.why}",
         laid_out=model.body.arrangement is not None,
+        attention=model.model.config.get_text_config()._attn_implementation,
     )
 
 

@@ -64,7 +64,7 @@ class Result:
     A step is everything from a collated batch to changed weights: forward, backward, clipping, optimizer.
     `figures` belong to the first step. `loaded` is the resident memory once the model is there, `peak` the process's
     high-water mark, imports and loading included; on a GPU both are what torch has allocated there. `laid_out` says
-    whether this side ran rows in shared sequences rather than as they are.
+    whether this side ran rows in shared sequences rather than as they are, `attention` which implementation ran them.
     """
 
     side: str
@@ -78,6 +78,7 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     note: str = ""
     laid_out: bool = False
+    attention: str = ""
 
     def print(self) -> None:
         """Hand the result to the process that waits for it: the last line of the standard output."""
