@@ -54,9 +54,7 @@ def step_options(job: Job) -> StepOptions:
     """One batch of all items, in one micro-batch, as the peer runs it."""
     items = len(job.read_rows())
     rows = ITEM_ROWS[job.kind] * items
-    return StepOptions(
-        lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share
-    )
+    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share)
 
 
 def options(job: Job) -> dict[str, Any]:
