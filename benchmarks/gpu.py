@@ -69,7 +69,7 @@ FLEX = "shared, flex"
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "shared, sdpa": {"share": True, "attention": "sdpa"},
     "rows, sdpa": {"share": False, "attention": "sdpa"},
-    FLEX: {"share": True, "attention": "flex_attention"},
+    FLEX: {"share": True, "attention": "flex"},
 }
 PEERS = {"trl best": {"settings": "best"}, "trl defaults": {"settings": "defaults"}}
 

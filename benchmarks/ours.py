@@ -73,10 +73,19 @@ def read(job: Job, config: Any, kind: type, encoder: Callable[..., Any], collate
     return items["train"]
 
 
+def load(job: Job, loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
+    """The model as a recipe loads it, and its attention where the job names one; rows as they are leave no choice."""
+    model = training.load(loader, config, **arguments)
+    if job.share and job.attention != "auto":
+        capacity = model.body.arrangement.capacity if model.body.arrangement else 0
+        model.body.use_layout(capacity=capacity, attention=job.attention, precision=model.arithmetic)
+    return model
+
+
 def dpo(job: Job) -> Wired:
     """Preference pairs with stored reference log-probabilities."""
     config = Dpo(**options(job), reference_cache=False)
-    policy = training.load(policy_loader(job), config)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, policy.tokenizer), pair_batch, policy.pad_id)
     objective = PreferenceObjective(combine(ALL_LOSSES, config.loss, config.loss_args))
@@ -86,7 +95,7 @@ def dpo(job: Job) -> Wired:
 def kto(job: Job) -> Wired:
     """Unpaired feedback with stored reference log-probabilities."""
     config = Kto(**options(job), reference_cache=False)
-    policy = training.load(policy_loader(job), config)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
     items = read(job, config, Feedback, encoder, feedback_batch, policy.pad_id)
@@ -97,7 +106,7 @@ def kto(job: Job) -> Wired:
 def reward(job: Job) -> Wired:
     """Preference pairs for a reward model; its head is already in the folder, so that both sides have the same."""
     config = Reward(**options(job))
-    model = training.load(scalar_loader(job), config, new_head=False)
+    model = load(job, scalar_loader(job), config, new_head=False)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, model.tokenizer), pair_batch, model.pad_id)
     return model, RewardObjective(combine(REWARD_LOSSES, "bradley_terry", ())), items, loaded
@@ -106,7 +115,7 @@ def reward(job: Job) -> Wired:
 def sft(job: Job) -> Wired:
     """Packed demonstrations."""
     config = Sft(**options(job), packing=True)
-    policy = training.load(policy_loader(job), config)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Demonstration, partial(encode, policy.tokenizer), demonstration_batch, policy.pad_id)
     return policy, DemonstrationObjective(), items, loaded
@@ -141,16 +150,16 @@ def scalar_loader(job: Job) -> Callable[..., Any]:
 
 def random_model(auto: Any, make: Callable[..., Any], job: Job, folder: str, **given: Any) -> Any:
     """A model of the folder's config, made on its device; the same weights for the same device."""
-    network = random_network(auto, folder, job.device, job.attention)
+    network = random_network(auto, folder, job.device)
     kept = {name: given[name] for name in ("dtype", "device", "lora_rank", "lora_alpha", "seed")}
     return make(network, load_tokenizer(Path(folder)), **kept)
 
 
-def random_network(auto: Any, folder: str, device: str, attention: str) -> Any:
+def random_network(auto: Any, folder: str, device: str) -> Any:
     """Float32 random weights at the shape of a folder's config."""
     torch.manual_seed(0)
     with torch.device(device):
-        return auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation=attention)
+        return auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 # ---- Measuring
@@ -187,7 +196,7 @@ def run(job: Job) -> Result:
         versions=versions(),
         note=f"{model.arithmetic.why}; gradient checkpointing {checkpointing.why}",
         laid_out=model.body.arrangement is not None,
-        attention=model.model.config.get_text_config()._attn_implementation,
+        attention=model.body.attention,
     )
 
 

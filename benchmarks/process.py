@@ -21,7 +21,8 @@ class Job:
     """One process's work: `1 + steps` optimizer steps on one batch, all rows of the file `rows`.
 
     `model` is a folder; where it holds no weights they are random, from its config and seed 0. `settings` are the
-    peer's: `defaults` or `best`. `share`, `attention` and `optimizer` only matter on a GPU.
+    peer's: `defaults` or `best`. `share` and `attention` are about this side: prompts shared or every row alone, and
+    what runs shared sequences. `optimizer` is adamw or sgd.
     """
 
     work: str
@@ -35,7 +36,7 @@ class Job:
     max_length: int = 4096
     settings: str = "best"
     share: bool = True
-    attention: str = "sdpa"
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
     optimizer: str = "adamw"
 
     @classmethod

@@ -255,7 +255,7 @@ def in_this_process(arrangement: str, job: Job, scratch: Path) -> Result:
     return told
 
 
-@pytest.mark.parametrize("changes", [{"laid_out": False}, {"attention": "flex_attention"}])
+@pytest.mark.parametrize("changes", [{"laid_out": False}, {"attention": "flex"}])
 def test_an_arrangement_that_did_not_run_is_no_figure(changes: dict[str, Any]) -> None:
     asked = Job("dpo", "dpo", "model", "rows", share=True, attention="sdpa")
     told = result(laid_out=True, attention="sdpa")
