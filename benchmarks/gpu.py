@@ -69,9 +69,9 @@ FLEX = "shared, flex"
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "shared, sdpa": {"share": True, "attention": "sdpa"},
     "rows, sdpa": {"share": False, "attention": "sdpa"},
-    FLEX: {"share": True, "attention": "flex_attention"},
+    FLEX: {"share": True, "attention": "flex"},
 }
-PEER = "trl best"
+PEERS = {"trl best": {"settings": "best"}, "trl defaults": {"settings": "defaults"}}
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,25 @@ def arranged(name: str, shape: Shape, work: str, config: Gpu, device: str, rate:
 def available(device: str) -> list[str]:
     """The arrangements that can run: FlexAttention has no backward pass on a CPU, and TRL may not be installed."""
     own = [name for name in ARRANGEMENTS if name != FLEX or device == "cuda"]
-    return [*own, *([PEER] if importlib.util.find_spec("trl") else [])]
+    return [*own, *(PEERS if importlib.util.find_spec("trl") else ())]
 
 
 def start(arrangement: str, job: Job, scratch: Path) -> Result:
     """One process of an arrangement. RuntimeError if it fails, or if the model cannot run rows that way."""
-    module = "benchmarks.peer_trl" if arrangement == PEER else "benchmarks.ours"
-    job = replace(job, **ARRANGEMENTS.get(arrangement, {}))
+    module = "benchmarks.peer_trl" if arrangement in PEERS else "benchmarks.ours"
+    job = replace(job, **(ARRANGEMENTS | PEERS)[arrangement])
     result = Result.parse(alternate.run([sys.executable, "-m", module, str(job.write(scratch / "job.json"))]))
-    if arrangement != PEER and result.laid_out != job.share:
-        raise RuntimeError(f"prompts cannot be shared with {job.attention} here")
+    if arrangement in ARRANGEMENTS:
+        check_arrangement(result, job)
     return result
+
+
+def check_arrangement(result: Result, job: Job) -> None:
+    """RuntimeError unless rows ran the way that was asked for."""
+    if result.laid_out != job.share:
+        raise RuntimeError(f"prompts cannot be shared with {job.attention} here")
+    if result.attention != job.attention:
+        raise RuntimeError(f"{result.attention} ran where {job.attention} was asked for")
 
 
 def measured(result: Result, job: Job, rate: float) -> dict[str, Any]:

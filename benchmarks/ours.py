@@ -24,6 +24,7 @@ from trimtab.losses.arguments import combine
 from trimtab.losses.preference import ALL_LOSSES
 from trimtab.losses.reward import REWARD_LOSSES
 from trimtab.losses.unpaired import UNPAIRED_LOSSES
+from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import load_policy, load_scalar, load_tokenizer, make_policy, make_scalar
 from trimtab.objectives import (
     DemonstrationObjective,
@@ -46,17 +47,23 @@ Wired = tuple[Any, Objective, training.Items, int]
 """A model, what it minimizes, its data with references, and the memory that the model alone takes."""
 
 
-def options(job: Job, *, rows: int) -> dict[str, Any]:
-    """The groups of options that the recipes share: one batch of all items, in one micro-batch, as the peer runs it."""
+ITEM_ROWS = {"dpo": 2, "kto": 2, "reward": 2, "sft": 1}
+
+
+def step_options(job: Job) -> StepOptions:
+    """One batch of all items, in one micro-batch, as the peer runs it."""
     items = len(job.read_rows())
-    steps = StepOptions(
-        lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows * items, warmup=0.0, share_prompts=job.share
-    )
+    rows = ITEM_ROWS[job.kind] * items
+    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share)
+
+
+def options(job: Job) -> dict[str, Any]:
+    """The groups of options that the recipes share."""
     return {
         "model": ModelOptions(job.model, dtype=job.dtype, device=job.device),
         "data": DataOptions(job.rows, max_length=job.max_length),
         "run": RunOptions(out="unused", samples=0),
-        "steps": steps,
+        "steps": step_options(job),
     }
 
 
@@ -66,10 +73,19 @@ def read(job: Job, config: Any, kind: type, encoder: Callable[..., Any], collate
     return items["train"]
 
 
+def load(job: Job, loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
+    """The model as a recipe loads it, and its attention where the job names one; rows as they are leave no choice."""
+    model = training.load(loader, config, **arguments)
+    if job.share and job.attention != "auto":
+        capacity = model.body.arrangement.capacity if model.body.arrangement else 0
+        model.body.use_layout(capacity=capacity, attention=job.attention, precision=model.arithmetic)
+    return model
+
+
 def dpo(job: Job) -> Wired:
     """Preference pairs with stored reference log-probabilities."""
-    config = Dpo(**options(job, rows=2))
-    policy = training.load(policy_loader(job), config)
+    config = Dpo(**options(job), reference_cache=False)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, policy.tokenizer), pair_batch, policy.pad_id)
     objective = PreferenceObjective(combine(ALL_LOSSES, config.loss, config.loss_args))
@@ -78,8 +94,8 @@ def dpo(job: Job) -> Wired:
 
 def kto(job: Job) -> Wired:
     """Unpaired feedback with stored reference log-probabilities."""
-    config = Kto(**options(job, rows=2))
-    policy = training.load(policy_loader(job), config)
+    config = Kto(**options(job), reference_cache=False)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     encoder = partial(encode_feedback, policy.tokenizer, seed=config.run.seed)
     items = read(job, config, Feedback, encoder, feedback_batch, policy.pad_id)
@@ -89,8 +105,8 @@ def kto(job: Job) -> Wired:
 
 def reward(job: Job) -> Wired:
     """Preference pairs for a reward model; its head is already in the folder, so that both sides have the same."""
-    config = Reward(**options(job, rows=2))
-    model = training.load(scalar_loader(job), config, new_head=False)
+    config = Reward(**options(job))
+    model = load(job, scalar_loader(job), config, new_head=False)
     loaded = held(job)
     items = read(job, config, Preference, partial(encode, model.tokenizer), pair_batch, model.pad_id)
     return model, RewardObjective(combine(REWARD_LOSSES, "bradley_terry", ())), items, loaded
@@ -98,8 +114,8 @@ def reward(job: Job) -> Wired:
 
 def sft(job: Job) -> Wired:
     """Packed demonstrations."""
-    config = Sft(**options(job, rows=1), packing=True)
-    policy = training.load(policy_loader(job), config)
+    config = Sft(**options(job), packing=True)
+    policy = load(job, policy_loader(job), config)
     loaded = held(job)
     items = read(job, config, Demonstration, partial(encode, policy.tokenizer), demonstration_batch, policy.pad_id)
     return policy, DemonstrationObjective(), items, loaded
@@ -109,7 +125,7 @@ KINDS: dict[str, Callable[[Job], Wired]] = {"dpo": dpo, "kto": kto, "reward": re
 
 
 def referenced(items: training.Items, policy: Any, config: Any) -> training.Items:
-    """Items whose batches carry the start policy's log-probabilities, computed once."""
+    """Items whose batches carry the start policy's log-probabilities, computed here and not read from a cache."""
     scorer = training.reference_of(policy, config, needed=True)
     with_them, _ = training.with_reference({"train": items}, scorer, policy, config, steps=1)
     return with_them["train"]
@@ -134,16 +150,16 @@ def scalar_loader(job: Job) -> Callable[..., Any]:
 
 def random_model(auto: Any, make: Callable[..., Any], job: Job, folder: str, **given: Any) -> Any:
     """A model of the folder's config, made on its device; the same weights for the same device."""
-    network = random_network(auto, folder, job.device, job.attention)
+    network = random_network(auto, folder, job.device)
     kept = {name: given[name] for name in ("dtype", "device", "lora_rank", "lora_alpha", "seed")}
     return make(network, load_tokenizer(Path(folder)), **kept)
 
 
-def random_network(auto: Any, folder: str, device: str, attention: str) -> Any:
+def random_network(auto: Any, folder: str, device: str) -> Any:
     """Float32 random weights at the shape of a folder's config."""
     torch.manual_seed(0)
     with torch.device(device):
-        return auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation=attention)
+        return auto.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
 
 
 # ---- Measuring
@@ -154,7 +170,12 @@ def run(job: Job) -> Result:
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     model, objective, items, loaded = KINDS[job.kind](job)
-    steps = StepOptions(lr=job.lr, warmup=0.0, micro_batch_rows=10**9)
+    steps = step_options(job)
+    checkpointing = choose_checkpointing(
+        steps.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
+    )
+    if checkpointing.on:
+        recompute_layers(model.model)
     learner = with_optimizer(training.make_learner(model, objective, steps, 1 + job.steps), job)
     batch = items.batch(range(len(items.encoded)))
     clock, told = Clock(), []
@@ -173,8 +194,9 @@ def run(job: Job) -> Result:
         peak=peak(job),
         threads=torch.get_num_threads(),
         versions=versions(),
-        note=model.arithmetic.why,
+        note=f"{model.arithmetic.why}; gradient checkpointing {checkpointing.why}",
         laid_out=model.body.arrangement is not None,
+        attention=model.body.attention,
     )
 
 

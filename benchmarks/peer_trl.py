@@ -56,11 +56,15 @@ def settings(job: Job, folder: str, **own: Any) -> dict[str, Any]:
 
 
 def dpo(job: Job, folder: str, **given: Any) -> Any:
-    return trl.DPOTrainer(model=model_of(job), args=trl.DPOConfig(**settings(job, folder)), **given)
+    return trl.DPOTrainer(
+        model=model_of(job), args=trl.DPOConfig(**settings(job, folder)), **given, **reference_of(job)
+    )
 
 
 def kto(job: Job, folder: str, **given: Any) -> Any:
-    return trl.KTOTrainer(model=model_of(job), args=trl.KTOConfig(**settings(job, folder)), **given)
+    return trl.KTOTrainer(
+        model=model_of(job), args=trl.KTOConfig(**settings(job, folder)), **given, **reference_of(job)
+    )
 
 
 def reward(job: Job, folder: str, **given: Any) -> Any:
@@ -83,8 +87,13 @@ def model_of(job: Job) -> Any:
     auto = AutoModelForSequenceClassification if job.kind == "reward" else AutoModelForCausalLM
     torch.manual_seed(0)
     with torch.device(job.device):
-        config = AutoConfig.from_pretrained(job.model)
-        return auto.from_config(config, dtype=torch.float32, attn_implementation=job.attention)
+        return auto.from_config(AutoConfig.from_pretrained(job.model), dtype=torch.float32)
+
+
+def reference_of(job: Job) -> dict[str, Any]:
+    """A live reference of random weights, which a trainer could not load by itself."""
+    live = job.settings == "defaults" and not job.has_weights()
+    return {"ref_model": model_of(job)} if live else {}
 
 
 class Watch(TrainerCallback):

@@ -21,7 +21,8 @@ class Job:
     """One process's work: `1 + steps` optimizer steps on one batch, all rows of the file `rows`.
 
     `model` is a folder; where it holds no weights they are random, from its config and seed 0. `settings` are the
-    peer's: `defaults` or `best`. `share`, `attention` and `optimizer` only matter on a GPU.
+    peer's: `defaults` or `best`. `share` and `attention` are about this side: prompts shared or every row alone, and
+    what runs shared sequences. `optimizer` is adamw or sgd.
     """
 
     work: str
@@ -35,7 +36,7 @@ class Job:
     max_length: int = 4096
     settings: str = "best"
     share: bool = True
-    attention: str = "sdpa"
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
     optimizer: str = "adamw"
 
     @classmethod
@@ -64,7 +65,7 @@ class Result:
     A step is everything from a collated batch to changed weights: forward, backward, clipping, optimizer.
     `figures` belong to the first step. `loaded` is the resident memory once the model is there, `peak` the process's
     high-water mark, imports and loading included; on a GPU both are what torch has allocated there. `laid_out` says
-    whether this side ran rows in shared sequences rather than as they are.
+    whether this side ran rows in shared sequences rather than as they are, `attention` which implementation ran them.
     """
 
     side: str
@@ -78,6 +79,7 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
     note: str = ""
     laid_out: bool = False
+    attention: str = ""
 
     def print(self) -> None:
         """Hand the result to the process that waits for it: the last line of the standard output."""

@@ -249,7 +249,19 @@ def test_plain_sgd_can_take_adamws_place(folder: str, tmp_path: Path) -> None:
 
 
 def in_this_process(arrangement: str, job: Job, scratch: Path) -> Result:
-    return ours.run(replace(job, dtype="float32", **gpu.ARRANGEMENTS[arrangement]))
+    job = replace(job, dtype="float32", **gpu.ARRANGEMENTS[arrangement])
+    told = ours.run(job)
+    gpu.check_arrangement(told, job)
+    return told
+
+
+@pytest.mark.parametrize("changes", [{"laid_out": False}, {"attention": "flex"}])
+def test_an_arrangement_that_did_not_run_is_no_figure(changes: dict[str, Any]) -> None:
+    asked = Job("dpo", "dpo", "model", "rows", share=True, attention="sdpa")
+    told = result(laid_out=True, attention="sdpa")
+    gpu.check_arrangement(told, asked)
+    with pytest.raises(RuntimeError, match=r"cannot be shared|was asked for"):
+        gpu.check_arrangement(replace(told, **changes), asked)
 
 
 def test_the_gpu_command_runs_at_a_tiny_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
