@@ -20,6 +20,7 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
+        *("draws", "decoders", "llama", "memory", "packing"),
         *("references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
