@@ -34,7 +34,7 @@ Contender = Callable[[], None]
 
 def options() -> argparse.Namespace:
     """What to measure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description="Measure sampling.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", default="reviews-heldout", help="prompts")
     parser.add_argument("--prompts", type=int, default=8)

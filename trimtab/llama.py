@@ -87,6 +87,7 @@ class Block:
         )
 
     def __call__(self, states: Tensor, rotation: Rotation, number: int, attend: Attend) -> Tensor:
+        """The residual stream after this layer, written over `states`."""
         joint = self.queries_keys_values(self.attention_norm(states)).unflatten(-1, (-1, self.width))
         turning, values = joint.split([sum(self.heads), self.heads[1]], 2)
         if self.head_norms:
@@ -94,9 +95,10 @@ class Block:
             turning = torch.cat(list(normed), 2)
         queries, keys = rotation.turn(turning).split(self.heads, 2)
         attended = attend(number, queries, keys, values, self.scale)
-        states = states + self.attention_out(attended)
+        states += self.attention_out(attended)
         gate, up = self.gate_up(self.feedforward_norm(states)).chunk(2, -1)
-        return states + self.down(self.activation(gate) * up)
+        states += self.down(self.activation(gate) * up)
+        return states
 
 
 @dataclass(frozen=True)
