@@ -20,7 +20,7 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("draws", "decoders", "llama", "memory", "packing"),
+        *("draws", "decoders", "llama", "key_values", "packing"),
         *("references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from trimtab.batches import Tokens
 from trimtab.bodies import positions_of, probe_tokens
 from trimtab.llama import Llama, has_its_parts
-from trimtab.memory import Memory, with_room
+from trimtab.key_values import Memory, with_room
 from trimtab.packing import Product, projection_of
 from trimtab.precision import fast_products
 from trimtab.projection import Head, head_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trimtab.memory import CACHE_BLOCK, Memory, blocked, causal, with_room
+from trimtab.key_values import CACHE_BLOCK, Memory, blocked, causal, with_room
 
 HEADS, GROUP, WIDTH, SCALE = 2, 3, 4, 0.7
 GENERATOR = torch.Generator().manual_seed(0)
