@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare, kstest
+from scipy.stats import chisquare
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -20,9 +21,10 @@ from transformers import (
 
 from trimtab import sampling
 from trimtab.builtin import byte_tokenizer, tiny_policy
+from trimtab.draws import Choice
 from trimtab.models import Policy, make_policy
 from trimtab.records import Prompt
-from trimtab.sampling import Choice, Samples, draw, inverse_cdf, keep_top_k, keep_top_p, row_key, sample, uniforms
+from trimtab.sampling import Samples, sample
 from trimtab.tokens import decode, encode_prompt, eos_id
 
 TEXTS = ["Once upon a time", "a", "The weather today is", "1 2 3", "Dear reader, this is a longer prompt than others."]
@@ -234,13 +236,13 @@ def test_end_of_sequence_that_is_also_padding(policy: Policy, monkeypatch: pytes
 
 
 def certain_end(eos: int):
-    """A start whose log-probabilities leave no choice but the end of sequence."""
+    """A start whose logits leave no choice but the end of sequence."""
     start = sampling.Decoding.start.__func__  # pyright: ignore
 
-    def started(cls: type, policy: Policy, answers: list[sampling.Answer]) -> sampling.Decoding:
-        batch = start(cls, policy, answers)
-        batch.logprobs = torch.full_like(batch.logprobs, -1e4)
-        batch.logprobs[:, eos] = 0
+    def started(cls: type, *given: Any) -> sampling.Decoding:
+        batch = start(cls, *given)
+        batch.logits = torch.full_like(batch.logits, -1e4)
+        batch.logits[:, eos] = 0
         return batch
 
     return started
@@ -263,6 +265,70 @@ def test_finished_rows_leave_the_batch(policy: Policy, monkeypatch: pytest.Monke
     assert sizes[-1] < 30 and all(count <= size <= count * 8 / 7 + 1 for count, size in zip(alive, sizes, strict=False))
 
 
+def test_stop_text_ends_an_answer_and_stays_out_of_its_text(policy: Policy) -> None:
+    free = sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3, stop_ids=())
+    # The byte tokenizer writes one letter a token, so a text of two letters ends one token after it begins.
+    text = max({t[i : i + 2] for t in free.texts for i in range(9) if t[i : i + 2].isascii()}, key=count_in(free.texts))
+    stopped = sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3, stop_ids=(), stop=(text, "no answer says this"))
+    assert stopped.finished.any() and not stopped.finished.all()
+    for before, after, ended, ids in zip(
+        free.texts, stopped.texts, stopped.finished.tolist(), responses(stopped), strict=True
+    ):
+        assert ended == (text in before) and after == before.split(text)[0]
+        assert decode(policy.tokenizer, ids) == (after + text if ended else before)
+    assert sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3, stop=("no answer says this",)).texts == (
+        sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3).texts
+    )
+
+
+def count_in(texts: list[str]) -> Callable[[str], int]:
+    return lambda part: sum(part in text for text in texts)
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer(policy: Policy) -> None:
+    drawn = sample(policy, PROMPTS[:3], 2, max_new_tokens=8, repetition_penalty=1.7, temperature=0.8, seed=5)
+    choice = Choice(0.8, repetition_penalty=1.7)
+    with torch.no_grad():
+        logits = policy.model(
+            input_ids=drawn.tokens.ids, attention_mask=drawn.tokens.attention_mask.long()
+        ).logits.float()
+    for row, columns in enumerate(drawn.tokens.response_mask):
+        for t in columns.nonzero()[:, 0].tolist():
+            seen = torch.zeros(1, logits.shape[-1], dtype=torch.bool)
+            seen[0, drawn.tokens.ids[row, :t]] = True
+            shaped = choice.shape(logits[row, t - 1][None], seen)[0].log_softmax(-1)
+            plain = logits[row, t - 1].log_softmax(-1)
+            token = drawn.tokens.ids[row, t]
+            assert float(drawn.sampled_logprobs[row, t]) == pytest.approx(float(shaped[token]), abs=1e-4)
+            assert float(drawn.logprobs[row, t]) == pytest.approx(float(plain[token]), abs=1e-4)
+    apart = sample(
+        policy, PROMPTS[:3], 2, max_new_tokens=8, repetition_penalty=1.7, temperature=0.8, seed=5, batch_rows=1
+    )
+    assert apart.texts == drawn.texts
+
+
+def test_greedy_with_a_penalty_is_what_transformers_generates(policy: Policy) -> None:
+    ids = torch.tensor([encode_prompt(policy.tokenizer, PROMPTS[0])])
+    expected = policy.model.generate(  # pyright: ignore
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        repetition_penalty=1.3,
+        max_new_tokens=20,
+        eos_token_id=None,
+        pad_token_id=policy.pad_id,
+    )
+    found = sample(policy, PROMPTS[:1], max_new_tokens=20, temperature=0, repetition_penalty=1.3, stop_ids=())
+    assert responses(found)[0] == expected[0, ids.shape[1] :].tolist()
+
+
+def test_steps_draw_different_answers_and_can_be_repeated(policy: Policy, samples: Samples) -> None:
+    at_step = {step: sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3, step=step).texts for step in (0, 7, 8)}
+    assert at_step[0] == samples.texts, "step 0 is the default"
+    assert not set(at_step[7]) & set(at_step[8]) and not set(at_step[7]) & set(at_step[0])
+    assert sample(policy, PROMPTS[::-1], 5, max_new_tokens=12, seed=3, step=7).texts[-5:] == at_step[7][:5]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -275,6 +341,13 @@ def test_finished_rows_leave_the_batch(policy: Policy, monkeypatch: pytest.Monke
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"temperature": 0.0, "top_k": 5}, "have no effect"),
+        ({"temperature": 0.0, "min_p": 0.5}, "have no effect"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"step": -1}, "step is -1"),
+        ({"stop": ("",)}, "stop text is empty"),
+        ({"stop": ("<|im_end|>",)}, "special token"),
     ],
 )
 def test_settings_that_mean_nothing(policy: Policy, settings: dict[str, float], message: str) -> None:
@@ -285,90 +358,3 @@ def test_settings_that_mean_nothing(policy: Policy, settings: dict[str, float], 
 def test_no_prompts(policy: Policy) -> None:
     with pytest.raises(ValueError, match="no prompts"):
         sample(policy, [])
-
-
-# ---- Choosing a token
-
-
-def test_top_k_and_top_p_by_hand() -> None:
-    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
-    kept = lambda shaped: shaped.isfinite()[0].tolist()  # noqa: E731
-    assert kept(keep_top_k(logits, 2)) == [True, True, False, False, False]
-    assert kept(keep_top_k(logits, 9)) == [True] * 5
-    # 0.5 reaches 0.5 by itself; 0.6 needs the second token; 0.71 the third.
-    assert kept(keep_top_p(logits, 0.49)) == [True, False, False, False, False]
-    assert kept(keep_top_p(logits, 0.6)) == [True, True, False, False, False]
-    assert kept(keep_top_p(logits, 0.71)) == [True, True, True, False, False]
-    assert kept(keep_top_p(logits, 1e-9)) == [True, False, False, False, False]
-    # The order of the vocabulary does not matter.
-    assert kept(keep_top_p(logits.flip(-1), 0.6)) == [False, False, False, True, True]
-
-
-def test_top_p_finds_a_nucleus_larger_than_it_looks_at_first() -> None:
-    logits = torch.zeros(2, 4000)
-    logits[1, 7] = 50.0
-    logits[0] -= torch.arange(4000) * 1e-5
-    kept = keep_top_p(logits, 0.75).isfinite().sum(-1).tolist()
-    probability = logits[0].double().softmax(-1).cumsum(-1)
-    assert kept == [int((probability < 0.75).sum()) + 1, 1] and kept[0] > sampling.NUCLEUS_TOKENS
-
-
-def test_top_p_counts_what_top_k_left_at_the_temperature() -> None:
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    # Of the two that top-k leaves, the first has 4/7 = 0.571 of the probability.
-    assert Choice(top_k=2, top_p=0.57).shape(logits).isfinite()[0].tolist() == [True, False, False, False]
-    assert Choice(top_k=2, top_p=0.58).shape(logits).isfinite()[0].tolist() == [True, True, False, False]
-    # At temperature 0.5 the probabilities are proportional to 16, 9, 4, 1.
-    shaped = Choice(temperature=0.5).shape(logits).softmax(-1)
-    torch.testing.assert_close(shaped, torch.tensor([[16.0, 9.0, 4.0, 1.0]]) / 30)
-
-
-@pytest.mark.parametrize("vocabulary", [3, 256, 257, 1000])
-def test_inverse_cdf_is_that_of_the_cumulative_sum(vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(vocabulary)
-    weights = torch.rand(50, vocabulary, generator=generator) * (torch.rand(50, vocabulary, generator=generator) > 0.5)
-    weights[:, 1] = 0.5
-    uniform = torch.rand(50, generator=generator, dtype=torch.float64)
-    cumulative = weights.double().cumsum(-1)
-    literal = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    assert torch.equal(inverse_cdf(weights, uniform), literal)
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
-def test_ends_of_the_cdf_never_give_an_impossible_token(uniform: float) -> None:
-    weights = torch.zeros(3, 700)
-    weights[0, 299], weights[1, 0], weights[2, 256], weights[2, 600] = 0.3, 1.0, 1e-30, 0.7
-    chosen = inverse_cdf(weights, torch.full((3,), uniform, dtype=torch.float64))
-    assert chosen.tolist() == ([299, 0, 256] if uniform == 0 else [299, 0, 600])
-
-
-def test_ruled_out_tokens_are_never_drawn() -> None:
-    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)).expand(2000, -1)
-    uniform = uniforms(np.arange(2000, dtype=np.uint64), 0)
-    drawn = draw(logits.log_softmax(-1), Choice(top_k=3), uniform)
-    assert set(drawn.ids.tolist()) == set(logits[0].topk(3).indices.tolist())
-
-
-# ---- Uniform numbers
-
-
-def test_split_mix_known_values() -> None:
-    # The first outputs of the reference generator for seed 1234567, upper 53 bits.
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    found = [float(uniforms(np.array([1234567], dtype=np.uint64), position)[0]) for position in range(3)]
-    assert found == [(value >> 11) * 2.0**-53 for value in known]
-
-
-def test_uniform_numbers_are_uniform_over_answers_and_over_positions() -> None:
-    keys = np.array([row_key(0, [5, 6, 7], i) for i in range(5000)], dtype=np.uint64)
-    over_answers = uniforms(keys, 3).numpy()
-    over_positions = np.array([float(uniforms(keys[:1], position)[0]) for position in range(5000)])
-    assert kstest(over_answers, "uniform").pvalue > 1e-3
-    assert kstest(over_positions, "uniform").pvalue > 1e-3
-    neighbours = np.corrcoef(over_positions[:-1], over_positions[1:])[0, 1]
-    assert abs(neighbours) < 4 / 5000**0.5
-
-
-def test_keys_depend_on_everything() -> None:
-    keys = {row_key(s, p, i) for s in (0, 1, -1) for p in ([1], [1, 2], [2, 1]) for i in (0, 1)}
-    assert len(keys) == 3 * 3 * 2

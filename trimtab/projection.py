@@ -63,7 +63,10 @@ class Head:
 
     def logits(self, states: States) -> Float[Tensor, "N V"]:
         """Float32 logits of some positions."""
-        logits = F.linear(states.to(self.weight.dtype), self.weight, self.bias)
+        return self.shaped(F.linear(states.to(self.weight.dtype), self.weight, self.bias))
+
+    def shaped(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+        """Logits from what the linear map gave."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits

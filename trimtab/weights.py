@@ -294,6 +294,17 @@ def add_lora(
     return adapted
 
 
+def merged_weight(layer: Any) -> Tensor:
+    """The weight that a linear layer computes with: its adapter's part added, unless the adapter is switched off.
+
+    The layer itself stays as it is.
+    """
+    if not isinstance(layer, BaseTunerLayer):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    return weight if layer.disable_adapters else weight + layer.get_delta_weight("default")  # pyright: ignore
+
+
 def merged_state(network: nn.Module) -> dict[str, Tensor]:
     """The weights with every adapter merged in, under their ordinary names. The network itself stays as it is."""
     layers: dict[str, Any] = dict(network.named_modules())
@@ -301,7 +312,7 @@ def merged_state(network: nn.Module) -> dict[str, Tensor]:
     for key, value in network.state_dict().items():
         owner, inside, name = key.rpartition(".base_layer.")
         if inside and isinstance(layers.get(owner), BaseTunerLayer):
-            state[f"{owner}.{name}"] = value + layers[owner].get_delta_weight("default") if name == "weight" else value
+            state[f"{owner}.{name}"] = merged_weight(layers[owner]) if name == "weight" else value
         elif ".lora_" not in key:
             state[key] = value
     return state

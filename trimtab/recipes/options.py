@@ -199,6 +199,12 @@ class SamplingOptions:
     """Draw among the k most likely tokens; 0: all."""
     top_p: float = 1.0
     """Draw among the most likely tokens that hold this much probability."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the most likely one; 0: all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that stand in the prompt or the answer already; 1: none."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are left out of it."""
     batch_rows: int = 32
     """Answers sampled at the same time; changes speed, not the samples (in float32)."""
 
