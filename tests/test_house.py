@@ -17,7 +17,7 @@ PACKAGE = ROOT / "trimtab"
 # A room (a module or package of trimtab) may import its own layer and those above it in this table.
 LAYERS = (
     {"records", "progress"},
-    {"batches", "precision", "layout", "kl", "losses", "advantages"},
+    {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
         *("references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
@@ -38,6 +38,7 @@ LIBRARIES = {
     "kl": {"torch", "jaxtyping"},
     "losses": {"torch", "jaxtyping"},
     "advantages": {"torch", "jaxtyping"},
+    "algorithms": set(),
 }
 
 HEAVY = {"torch", "transformers", "peft", "datasets"}
@@ -237,11 +238,18 @@ def test_every_module_says_what_lives_there():
 
 def registered() -> set[str]:
     """The names of every registry."""
+    from trimtab.advantages import ADVANTAGES, SCORE_SHAPES
+    from trimtab.algorithms import ALGORITHMS
+    from trimtab.kl import KL_ESTIMATORS, KL_LOSSES
+    from trimtab.losses.policy import POLICY_LOSSES
     from trimtab.losses.preference import PREFERENCE_LOSSES
     from trimtab.losses.reward import REWARD_LOSSES
     from trimtab.losses.unpaired import UNPAIRED_LOSSES
+    from trimtab.losses.value import VALUE_LOSSES
 
-    return {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES}
+    offline = {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES}
+    online = {*ALGORITHMS, *ADVANTAGES, *SCORE_SHAPES, *POLICY_LOSSES, *VALUE_LOSSES, *KL_ESTIMATORS, *KL_LOSSES}
+    return offline | online
 
 
 def test_every_registered_name_has_a_page():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +56,31 @@ class Mean:
         # where() rather than a product: a masked-out value may be infinite, and 0 * inf is not a number.
         weights = weights.to(values.dtype)
         return cls(torch.where(weights != 0, values * weights, 0).sum(), weights.sum())
+
+
+def mean_over(
+    kind: Literal["sequences", "tokens", "constant", "sums"], losses: PerToken, mask: Mask, *, length: float
+) -> Mean:
+    """Per-token losses as one `Mean`; the four ways give tokens of long and short answers different weights.
+
+    - `sequences`: the mean over an answer's tokens, then over answers (GRPO); a token of a long answer counts less
+    - `tokens`: over all tokens of the batch (PPO, DAPO); every token counts the same, a long answer more
+    - `constant`: an answer's sum over `length` tokens, which nothing else reads, then over answers (Dr. GRPO)
+    - `sums`: an answer's sum, then over answers (REINFORCE, RLOO): with the advantage of the answer at every token,
+      the policy gradient itself. `constant` is that by another scale, the first two are not for answers of unequal
+      lengths.
+
+    Micro-batches add to the same mean. Rows with an empty mask do not count; nothing outside the mask is read.
+    """
+    losses, lengths = torch.where(mask, losses, 0), mask.sum(-1)
+    rows = (lengths > 0).sum().to(losses.dtype)
+    totals = {
+        "sequences": lambda: Mean((losses.sum(-1) / lengths.clamp(min=1)).sum(), rows),
+        "tokens": lambda: Mean(losses.sum(), lengths.sum().to(losses.dtype)),
+        "constant": lambda: Mean(losses.sum(), rows * length),
+        "sums": lambda: Mean(losses.sum(), rows),
+    }
+    return totals[kind]()
 
 
 def move(batch: Any, device: torch.device | str) -> Any:

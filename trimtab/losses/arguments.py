@@ -195,6 +195,9 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value, as text or already a Python object, as the annotation wants it."""
+    if type(None) in get_args(hint):
+        (given,) = (kind for kind in get_args(hint) if kind is not type(None))
+        return None if value in (None, "none") else convert(value, given, name)
     if get_origin(hint) is Annotated:
         inner, *limits = get_args(hint)
         value = convert(value, inner, name)
