@@ -233,6 +233,76 @@ class FeedbackBatch:
         return FeedbackBatch(self.tokens.select(rows), self.desirable[items], self.weights[items])
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """Answers that the policy drew, with what is needed to credit them. The answers to a prompt are neighbours.
+
+    `logprobs` are the drawn tokens' log-probabilities under the policy that drew them, `ref_logprobs` under the
+    reference, `kl` the price tag of each token (nats, see `trimtab.kl`), all zero outside the answers. `valid` is false
+    for an answer that no reward could be given; its score is 0 and means nothing. `baseline` is what was expected of
+    an answer before it was drawn.
+    """
+
+    tokens: Tokens
+    logprobs: PerToken
+    ref_logprobs: PerToken
+    kl: PerToken
+    scores: PerSequence
+    baseline: PerSequence
+    valid: Bool[Tensor, " B"]
+    finished: Bool[Tensor, " B"]
+    group_size: int
+
+    @property
+    def mask(self) -> Mask:
+        """The tokens that count: those of answers that have a score."""
+        return self.tokens.response_mask & self.valid[:, None]
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Answers that the policy drew, credited. An item is a group: the `group_size` answers to one prompt.
+
+    `old_values` are what the critic expected before each token (zeros without a critic) and `returns` what it should
+    have. Rows whose `weights` are 0 count for nothing.
+    """
+
+    tokens: Tokens
+    old_logprobs: PerToken
+    ref_logprobs: PerToken
+    advantages: PerToken
+    returns: PerToken
+    old_values: PerToken
+    scores: PerSequence
+    weights: PerSequence
+    finished: Bool[Tensor, " B"]
+    group_size: int
+
+    @property
+    def mask(self) -> Mask:
+        """The tokens that count."""
+        return self.tokens.response_mask & (self.weights != 0)[:, None]
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens) // self.group_size
+
+    def item_rows(self) -> Tensor:
+        return torch.full((self.size,), self.group_size)
+
+    def select(self, items: Tensor) -> PolicyBatch:
+        rows = rows_of(items, self.item_rows())
+        columns = self.tokens.used_columns(rows)
+        per_token = ("old_logprobs", "ref_logprobs", "advantages", "returns", "old_values")
+        per_row = ("scores", "weights", "finished")
+        return replace(
+            self,
+            tokens=self.tokens.select(rows),
+            **{name: getattr(self, name)[rows][:, columns] for name in per_token},
+            **{name: getattr(self, name)[rows] for name in per_row},
+        )
+
+
 B = TypeVar("B", DemonstrationBatch, PairBatch, RankingBatch, FeedbackBatch)
 
 

@@ -19,21 +19,26 @@ from torch import Tensor
 from trimtab.batches import (
     DemonstrationBatch,
     FeedbackBatch,
+    Mask,
     Mean,
     PairBatch,
     Pairs,
     PerPair,
     PerSequence,
     PerToken,
+    PolicyBatch,
     RankingBatch,
     Referenced,
     Tokens,
 )
+from trimtab.kl import KlTerms, log_ratio
 from trimtab.losses.arguments import CombinedLoss
 from trimtab.losses.language import negative_log_likelihood
+from trimtab.losses.policy import PolicyTerms, clip_fraction, ratio_statistics, token_ratio
 from trimtab.losses.preference import ACROSS, REFERENCE_FREE, LengthSplitPairs, WeightedPairs
 from trimtab.losses.reward import PairScores
 from trimtab.losses.unpaired import Unpaired
+from trimtab.losses.value import ValueTerms
 
 Metrics = dict[str, Mean]
 
@@ -307,3 +312,80 @@ class FeedbackObjective:
         if self.reads_mismatched:
             metrics["kl"] = Mean.of(outputs.mismatched - outputs.ref_mismatched)
         return Mean.of(self.answer_loss(outputs), batch.batch.weights), metrics
+
+
+# ---- Online RL
+
+
+class HasValues(HasLogprobs, Protocol):
+    """A policy with a critic: what it expects before each response token, `[B, T]`, reward units."""
+
+    def values(self, tokens: Tokens) -> PerToken: ...
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """Log-probabilities of the response tokens and the critic's values before them (zeros without one), `[B, T]`."""
+
+    logprobs: PerToken
+    values: PerToken
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Online RL: a policy loss on the answers that the policy drew, plus KL where it is in the loss, plus the critic's.
+
+    `average` makes a `Mean` of per-token losses and their mask (`mean_over`). With `fresh`, every batch is used for one
+    update only, so the policy that drew it is the policy as it is and the old log-probabilities are its own: the
+    ratio is exactly 1, and what sampling rounded otherwise is reported (`logprob_gap`) and not trained on.
+    """
+
+    policy_loss: Callable[[PolicyTerms], PerToken]
+    average: Callable[[PerToken, Mask], Mean]
+    fresh: bool
+    kl_loss: Callable[[KlTerms], PerToken] | None = None
+    kl_coefficient: float = 0.0
+    value_loss: Callable[[ValueTerms], PerToken] | None = None
+    value_coefficient: float = 0.1
+    clip: tuple[float, float] | None = None
+    across: bool = False
+
+    def outputs(self, policy: Any, batch: PolicyBatch) -> PolicyOutputs:
+        logprobs = policy.logprobs(batch.tokens)
+        values = policy.values(batch.tokens) if self.value_loss else torch.zeros_like(logprobs)
+        return PolicyOutputs(logprobs, values)
+
+    def loss(self, outputs: PolicyOutputs, batch: PolicyBatch) -> tuple[Mean, Metrics]:
+        old = outputs.logprobs.detach() if self.fresh else batch.old_logprobs
+        terms = PolicyTerms(outputs.logprobs, old, batch.advantages, batch.mask)
+        losses = self.policy_loss(terms)
+        if self.kl_loss and self.kl_coefficient:
+            kl = self.kl_loss(KlTerms(outputs.logprobs, old, batch.ref_logprobs, batch.mask))
+            losses = losses + self.kl_coefficient * kl
+        metrics = policy_metrics(terms, batch)
+        if self.clip:
+            metrics["clip_fraction"] = clip_fraction(terms, token_ratio(terms).detach(), *self.clip)
+        if self.value_loss:
+            values = self.value_loss(ValueTerms(outputs.values, batch.old_values, batch.returns, batch.mask))
+            losses = losses + self.value_coefficient * values
+            metrics["value_loss"] = Mean.of(values, batch.mask)
+        return self.average(losses, batch.mask), metrics
+
+
+def policy_metrics(terms: PolicyTerms, batch: PolicyBatch) -> Metrics:
+    """Reward, KL and length of the answers, and how far training's log-probabilities are from those at sampling."""
+    lengths, drawn = batch.tokens.response_lengths, batch.weights
+    to_reference = log_ratio(terms.logprobs.detach(), batch.ref_logprobs, batch.mask)
+    ratios = ratio_statistics(terms)
+    sampled = PolicyTerms(terms.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    return {
+        "reward": Mean.of(batch.scores, drawn),
+        "kl": Mean.of(to_reference.sum(-1), drawn),
+        "kl_per_token": Mean.of(to_reference, batch.mask),
+        "entropy": Mean.of(-batch.old_logprobs, batch.mask),
+        "length": Mean.of(lengths, drawn),
+        "unfinished": Mean.of((~batch.finished).float(), drawn),
+        "ratio": ratios["ratio"],
+        "old_kl": ratios["old_kl"],
+        "logprob_gap": ratio_statistics(sampled)["logprob_gap"],
+    }
