@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,13 @@ def write(path: Path, rows: list[dict]) -> str:
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -70,6 +78,64 @@ def test_a_short_run_scores_no_more_references_than_it_needs(
 ) -> None:
     train("dpo", pairs, tmp_path / "run", "--steps", "1")
     assert "reference log-probabilities 4/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["dpo", "kto"])
+def test_stored_references_change_nothing_wherever_they_come_from(
+    command: str, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Computed, read, computed after a shorter run, and not kept at all: the same losses to the last bit."""
+    data = write(tmp_path / "rows.jsonl", PAIRS)
+    flags = ["--eval-data", data, "--lr", "0.01", "--steps", "2"]
+    for name in ("computed", "read"):
+        train(command, data, tmp_path / name, *flags)
+    told = capsys.readouterr().err
+    counts = re.findall(r"reference log-probabilities: (\d+) of (\d+) from", told)
+    assert [found for found, _ in counts] == ["0", "0", *(wanted for _, wanted in counts[:2])]
+    assert [int(wanted) for _, wanted in counts[:2]] == {"dpo": [8, 12], "kto": [8, 24]}[command]
+    shutil.rmtree(cache / "references")
+    train(command, data, tmp_path / "short", *flags, "--steps", "1")
+    train(command, data, tmp_path / "after a shorter one", *flags)
+    shutil.rmtree(cache / "references")
+    train(command, data, tmp_path / "not kept", *flags, "--no-reference-cache")
+    assert not (cache / "references").exists()
+    for name in ("read", "after a shorter one", "not kept"):
+        assert losses(tmp_path / name) == losses(tmp_path / "computed")
+        first, again = ((tmp_path / run / "evals.jsonl").read_text() for run in ("computed", name))
+        assert first == again
+
+
+def test_another_seed_and_loss_find_the_references_of_a_whole_pass(
+    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("dpo", pairs, tmp_path / "one")
+    train("dpo", pairs, tmp_path / "two", "--seed", "1", "--loss", "ipo", "--lora-rank", "2")
+    assert "reference log-probabilities: 12 of 12 from" in capsys.readouterr().err
+
+
+def test_gradient_checkpointing_changes_no_loss_and_is_told(
+    pairs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for choice in ("auto", "on", "off"):
+        train("reward", pairs, tmp_path / choice, "--lr", "0.01", "--gradient-checkpointing", choice)
+    told = capsys.readouterr().err
+    for line in ("off: on a CPU", "on, as asked", "off, as asked"):
+        assert f"gradient checkpointing {line}" in told
+    environment = json.loads((tmp_path / "on" / "environment.json").read_text())
+    assert environment["gradient_checkpointing"] == "on, as asked"
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), abs=1e-6)
+    train("sft", pairs, tmp_path / "again", "--gradient-checkpointing", "on")
+    assert main(["sft", "--config", str(tmp_path / "again"), "--out", str(tmp_path / "repeated")]) == 0
+    assert losses(tmp_path / "again") == losses(tmp_path / "repeated")
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))
+    assert main(["dpo", "--model", "./model", "--data", pairs, "--out", str(tmp_path / "out")]) == 2
+    assert "--no-reference-cache" in capsys.readouterr().err
 
 
 def test_an_override_beats_the_config(pairs: str, tmp_path: Path) -> None:
@@ -145,6 +211,11 @@ MISTAKES = {
         ["dpo", "--data", "{pairs}", "--loss", "simpo", "--reference", "live"],
         r"simpo",
     ),
+    "nothing is kept": (
+        ["dpo", "--data", "{pairs}", "--reference", "live", "--no-reference-cache"],
+        r"--reference stored",
+    ),
+    "nothing is read": (["dpo", "--data", "{pairs}", "--loss", "simpo", "--no-reference-cache"], r"reads it"),
     "a reference that never moves": (["dpo", "--data", "{pairs}", "--reference", "moving"], r"every=512.*never"),
     "steps and epochs": (["dpo", "--data", "{pairs}", "--steps", "3", "--epochs", "1"], r"--epochs"),
     "epochs without end": (["dpo", "--data", "{pairs}", "--epochs", "inf"], r"--epochs inf"),

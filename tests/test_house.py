@@ -20,7 +20,8 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("references", "rollouts", "objectives", "learner", "checkpoint", "parallel", "run"),
+        *("memory", "reference_cache", "references", "rollouts", "objectives", "learner", "checkpoint", "parallel"),
+        *("run",),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},

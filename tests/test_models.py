@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from trimtab import precision
@@ -31,7 +32,7 @@ from trimtab.models import (
     resolve,
     spare_token,
 )
-from trimtab.projection import CHUNK_ROWS, Head, log_distributions, logprobs_of, statistics_of
+from trimtab.projection import CHUNK_ROWS, Head, divergence_from, log_distributions, logprobs_of, statistics_of
 from trimtab.weights import classifier_from, load_tokenizer
 
 PAD, END = 256, 258
@@ -315,13 +316,20 @@ def test_statistics_equal_the_full_distributions() -> None:
 # ---- References
 
 
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """An adapter alone, in peft's form."""
+    assert policy.adapter is not None
+    policy.adapter.save_pretrained(str(folder))
+
+
 def policies(tmp_path: Path) -> dict[str, Policy]:
     """One policy for every way of loading."""
     base, sft = tmp_path / "base", tmp_path / "sft"
     tiny_policy().save(base)
     trained = load_policy(base, lora_rank=2, **FLOAT32)
     nudge(trained.trainable_parameters())
-    trained.save(tmp_path / "merged", adapter_path=sft)
+    trained.save(tmp_path / "merged")
+    save_adapter(trained, sft)
     return {
         "full": load_policy(base, **FLOAT32),
         "lora": load_policy(base, lora_rank=4, **FLOAT32),
@@ -363,6 +371,59 @@ def test_every_way_of_loading_an_sft_adapter_gives_the_same_policy(tmp_path: Pat
     assert (merged - loaded["full"].logprobs(tokens)).abs().max() > 1e-2
     for name in ("lora on an sft adapter", "full on an sft adapter"):
         assert torch.allclose(loaded[name].logprobs(tokens), merged, atol=1e-5), name
+
+
+def test_one_pass_gives_logprobs_entropy_and_kl() -> None:
+    policy, tokens = tiny_policy(lora_rank=2), random_tokens()
+    nudge(policy.trainable_parameters())
+    reference = policy.reference()
+    expected, statistics, kl = policy.logprobs(tokens), policy.statistics(tokens), policy.kl(tokens, reference)
+    runs = []
+    policy.body.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    found = policy.compare(tokens, reference)
+    assert sorted(runs) == [False, True], "the reference without gradient, the policy with it"
+    assert torch.equal(found.logprobs, expected)
+    assert torch.equal(found.entropy, statistics.entropy)
+    assert torch.equal(found.kl, kl) and kl.max() > 0
+    assert not found.kl.requires_grad and not found.entropy.requires_grad
+    for ours, theirs in zip(
+        torch.autograd.grad(found.logprobs.sum(), policy.trainable_parameters()),
+        torch.autograd.grad(expected.sum(), policy.trainable_parameters()),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most numbers that any tensor made in its context held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return made
+
+
+def test_no_more_than_a_chunk_of_distributions_exists_at_a_time() -> None:
+    policy, other = tiny_policy(), tiny_policy(seed=1).frozen()
+    rows = torch.randint(256, (4, 200), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = tokens_of(rows, [2] * 4)
+    assert tokens.response_mask.sum() > 3 * CHUNK_ROWS
+    with LargestTensor() as largest:
+        policy.compare(tokens, other).logprobs.sum().backward()
+    assert largest.numel == CHUNK_ROWS * 259
+
+
+def test_kl_allows_impossible_tokens() -> None:
+    """p = (1, 0) against q = (1/2, 1/2) and against itself; q = (0, 1) rules out what p does."""
+    p = torch.tensor([[0.0, -torch.inf]] * 3)
+    q = torch.tensor([[math.log(0.5)] * 2, [0.0, -torch.inf], [-torch.inf, 0.0]])
+    assert divergence_from(lambda rows: q[rows])(p, slice(0, 3)).tolist() == pytest.approx([math.log(2), 0, math.inf])
 
 
 def test_kl_equals_its_definition() -> None:
@@ -442,11 +503,6 @@ def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds other things than a model"):
         tiny_policy().save(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
-
-
-def test_no_adapter_no_adapter_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no adapter to write"):
-        tiny_policy().save(tmp_path / "model", adapter_path=tmp_path / "adapter")
 
 
 # ---- Reward models
@@ -665,7 +721,7 @@ def test_only_safetensors_are_loaded(tmp_path: Path) -> None:
 
 
 def test_adapters_in_other_formats_or_without_a_base_are_refused(tmp_path: Path) -> None:
-    tiny_policy(lora_rank=2).save(tmp_path / "model", adapter_path=tmp_path / "adapter")
+    save_adapter(tiny_policy(lora_rank=2), tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     entries = json.loads(config.read_text())
     config.write_text(json.dumps({**entries, "base_model_name_or_path": None}))
@@ -696,7 +752,7 @@ def test_lora_options_without_effect_are_refused() -> None:
 def test_tokenizer_of_an_adapter_is_its_bases(tmp_path: Path) -> None:
     policy = tiny_policy()
     policy.save(tmp_path / "base")
-    load_policy(tmp_path / "base", lora_rank=2, **FLOAT32).save(tmp_path / "m", adapter_path=tmp_path / "adapter")
+    save_adapter(load_policy(tmp_path / "base", lora_rank=2, **FLOAT32), tmp_path / "adapter")
     assert load_tokenizer(tmp_path / "adapter").chat_template == policy.tokenizer.chat_template
 
 

@@ -20,8 +20,12 @@ METHODS = ["start", "best-of-16", "dpo"]
 
 @pytest.fixture(scope="module")
 def summary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("demo") / "quickstart"
-    assert main(["quickstart", "--model", "tiny", "--out", str(out), "--prompts", "12", "--held-out-prompts", "4"]) == 0
+    folder = tmp_path_factory.mktemp("demo")
+    out = folder / "quickstart"
+    sizes = ["--prompts", "12", "--held-out-prompts", "4"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRIMTAB_CACHE", str(folder / "cache"))
+        assert main(["quickstart", "--model", "tiny", "--out", str(out), *sizes]) == 0
     return out, json.loads((out / "summary.json").read_text())
 
 

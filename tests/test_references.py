@@ -1,6 +1,7 @@
 """References on the tiny model: stored and live agree, DPO starts at ln 2, and a moving reference moves."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from trimtab.losses.reward import REWARD_LOSSES
 from trimtab.losses.unpaired import UNPAIRED_LOSSES
 from trimtab.models import Policy, load_policy, load_scalar
 from trimtab.objectives import DemonstrationObjective, FeedbackObjective, PreferenceObjective, RewardObjective
+from trimtab.recipes import training
+from trimtab.recipes.dpo import Dpo
+from trimtab.recipes.options import DataOptions, ModelOptions, RunOptions
 from trimtab.records import Demonstration, Feedback, Preference, Prompt
-from trimtab.references import LiveReference, NoReference, blend, moving, store
+from trimtab.references import LiveReference, NoReference, blend, moving, scoring_batches, store
 from trimtab.tokens import demonstration_batch, encode, encode_feedback, feedback_batch, pair_batch
 
 PROMPTS = [Prompt.from_user(f"Question {i}{'?' * i}") for i in range(4)]
@@ -57,6 +61,25 @@ def test_only_the_items_that_a_run_draws_are_stored(policy: Policy) -> None:
     some = store(policy.reference(), items, pad_id=policy.pad_id, max_rows=8, wanted=[3, 1])
     assert sorted(some.logprobs) == [1, 3]
     assert torch.allclose(some.logprobs[3][0], everything.logprobs[3][0], atol=1e-5)
+
+
+def test_the_order_of_items_with_one_prompt_length_is_that_of_the_window(policy: Policy) -> None:
+    """So that a window's values do not depend on where its items stand in the data."""
+    items, _ = pairs_of(policy)
+    equal = [items[0], items[0], items[0]]
+    assert list(scoring_batches(equal, [2, 0, 1], 4)) == [[2, 0], [1]]
+    assert list(scoring_batches(items, [3, 1, 2], 100)) == [[1, 2, 3]]
+
+
+def test_a_stored_reference_needs_no_copy_of_the_policy() -> None:
+    model, run = ModelOptions("tiny", "float32", "cpu"), RunOptions("out")
+    config = Dpo(model=model, data=DataOptions("pairs"), run=run)
+    for rank in (0, 2):
+        policy = tiny_policy(lora_rank=rank)
+        scorer = training.reference_of(policy, config, needed=True)
+        assert scorer.policy is policy and not scorer.adapter_is_on
+        live = training.reference_of(policy, replace(config, reference="live"), needed=True)
+        assert (live.policy is policy) == bool(rank), "a live one must not follow the training"
 
 
 @pytest.mark.parametrize("reference", ["stored", "live"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -25,10 +25,14 @@ from trimtab.batches import PerSequence, PerToken, Tokens, move
 from trimtab.bodies import Body, LanguageModel, ScalarForward, at_responses, probe_tokens
 from trimtab.precision import Precision, choose_device, choose_dtype
 from trimtab.projection import (
-    CHUNK_ROWS,
+    ComparedStatistics,
+    Measure,
     States,
     TokenStatistics,
+    divergence_from,
+    entropy,
     log_distributions,
+    measured,
 )
 from trimtab.tokens import pad_id
 from trimtab.weights import (
@@ -47,6 +51,7 @@ from trimtab.weights import (
 )
 
 __all__ = [
+    "ComparedStatistics",
     "FrozenPolicy",
     "Policy",
     "Precision",
@@ -66,7 +71,7 @@ __all__ = [
 
 
 class Scorer(Protocol):
-    """Log-probabilities of the response tokens of rows, nats per token, without gradient."""
+    """Log-probabilities of the response tokens of rows, nats per token, zero elsewhere."""
 
     @property
     def device(self) -> torch.device: ...
@@ -131,21 +136,33 @@ class Policy:
             *(at_responses(tokens, values) for values in (found.logprobs, found.log_sum_squares, found.entropy))
         )
 
+    def compare(self, tokens: Tokens, reference: Policy | FrozenPolicy) -> ComparedStatistics:
+        """Log-probabilities with gradient, entropy, and KL to the reference, `[B, T]`; zero outside the responses.
+
+        One pass of each body. KL(policy || reference) is of the next-token distribution at each response token and
+        exact over the whole vocabulary, which both models must share; it has no gradient.
+        """
+        return ComparedStatistics(*self._measured(tokens, (entropy, self._divergence(tokens, reference))))
+
     @torch.no_grad()
     def kl(self, tokens: Tokens, reference: Policy | FrozenPolicy) -> PerToken:
-        """KL(policy || reference) of the next-token distribution at each response token, in nats, zero elsewhere.
+        """The KL of `compare` alone, without gradient.
 
-        Exact over the whole vocabulary; summed over a row sampled from the policy it is an unbiased estimate of the
-        sequence KL. Both models must have the same vocabulary. No gradient.
+        Summed over a row sampled from the policy it is an unbiased estimate of the KL of whole sequences.
         """
+        return self._measured(tokens, (self._divergence(tokens, reference),))[1]
+
+    def _measured(self, tokens: Tokens, measures: Sequence[Measure]) -> list[PerToken]:
         tokens = move(tokens, self.device)
-        mine, theirs = self.states(tokens), reference.states(move(tokens, reference.device))
-        values = [mine.new_zeros(0, dtype=torch.float32)]
-        for own_rows, their_rows in zip(mine.split(CHUNK_ROWS), theirs.split(CHUNK_ROWS), strict=True):
-            own = self.log_distributions(own_rows)
-            other = reference.log_distributions(their_rows).to(own.device)
-            values.append((own.exp() * (own - other)).sum(-1))
-        return at_responses(tokens, torch.cat(values))
+        targets, fast = tokens.ids[tokens.response_mask], self.arithmetic.autocast is not None
+        found = measured(self.module.head, self.states(tokens), targets, measures, fast=fast)
+        return [at_responses(tokens, values) for values in found]
+
+    @staticmethod
+    @torch.no_grad()
+    def _divergence(tokens: Tokens, reference: Policy | FrozenPolicy) -> Measure:
+        states = reference.states(move(tokens, reference.device))
+        return divergence_from(lambda rows: reference.log_distributions(states[rows]).detach())
 
     def states(self, tokens: Tokens) -> States:
         """What predicts each response token, `[N, D]`."""
@@ -174,18 +191,12 @@ class Policy:
         copied.body.arrangement = self.body.arrangement
         return FrozenPolicy(copied)
 
-    def save(
-        self, path: str | Path, *, adapter_path: str | Path | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a standard model folder, adapter merged in; the policy itself stays as it is, to the last bit.
 
-        `adapter_path` asks for the adapter alone as well, in peft's form. Weights are float32 unless `dtype` is given.
+        Weights are float32 unless `dtype` is given.
         """
         write_model(Path(path), self.model, self.tokenizer, dtype=dtype)
-        if adapter_path is not None:
-            if self.adapter is None:
-                raise ValueError(f"no adapter to write to {adapter_path}: this policy trains all its weights.")
-            self.adapter.save_pretrained(str(adapter_path))
 
 
 class FrozenPolicy:
@@ -198,6 +209,11 @@ class FrozenPolicy:
     @property
     def model(self) -> PreTrainedModel:
         return self.policy.model
+
+    @property
+    def adapter_is_on(self) -> bool:
+        """Whether an adapter takes part in what it computes."""
+        return self.policy.adapter is not None and not self.without_adapter
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

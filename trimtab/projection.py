@@ -6,6 +6,7 @@ computed again in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ CHUNK_ROWS = 256
 States = Float[Tensor, "N D"]
 Chosen = Float[Tensor, " N"]
 
+Measure = Callable[[Tensor, slice], Tensor]
+"""One number about each of some next-token distributions: their log-probabilities `[n, V]`, and which rows they are."""
+
 
 @dataclass(frozen=True)
 class TokenStatistics:
@@ -34,6 +38,18 @@ class TokenStatistics:
     logprobs: Tensor
     log_sum_squares: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class ComparedStatistics:
+    """The same about two models, in nats: `kl` is KL(policy || reference) over the whole vocabulary.
+
+    `logprobs` and `entropy` are the policy's. Only `logprobs` carries a gradient.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,28 +83,55 @@ def head_of(network: PreTrainedModel) -> Head | None:
 def log_distributions(head: Head | None, states: States, *, fast: bool) -> Float[Tensor, "N V"]:
     """The log-probabilities of the whole vocabulary; without a head, states are logits already."""
     with fast_products(states.device, allowed=fast):
-        return torch.log_softmax(states.float() if head is None else head.logits(states), -1)
+        logits = states.float() if head is None else head.logits(states)
+    # The arithmetic of `measured`, bit for bit, so that a policy's KL from itself is exactly zero.
+    return logits - logits.logsumexp(-1, keepdim=True)
 
 
 def logprobs_of(head: Head | None, states: States, targets: Int[Tensor, " N"], *, fast: bool) -> Chosen:
     """Log-probabilities of `targets` under the distributions that these states predict, in nats."""
-    if head is None:
-        return torch.log_softmax(states.float(), -1).gather(1, targets[:, None])[:, 0]
-    return _ProjectInChunks.apply(states, head.weight, head.bias, targets, head, fast, False)[0]
+    return measured(head, states, targets, (), fast=fast)[0]
 
 
 def statistics_of(head: Head | None, states: States, targets: Int[Tensor, " N"], *, fast: bool) -> TokenStatistics:
     """Log-probabilities of `targets`, and entropy and squares of the distributions that predict them, each `[N]`."""
-    if head is None:
-        whole = torch.log_softmax(states.float(), -1)
-        return TokenStatistics(whole.gather(1, targets[:, None])[:, 0], *_whole_statistics(whole.detach()))
-    return TokenStatistics(*_ProjectInChunks.apply(states, head.weight, head.bias, targets, head, fast, True))
+    return TokenStatistics(*measured(head, states, targets, (log_sum_squares, entropy), fast=fast))
 
 
-def _whole_statistics(logprobs: Float[Tensor, "N V"]) -> tuple[Chosen, Chosen]:
+def measured(
+    head: Head | None, states: States, targets: Int[Tensor, " N"], measures: Sequence[Measure], *, fast: bool
+) -> tuple[Chosen, ...]:
+    """Log-probabilities of `targets`, with gradient, and what each of `measures` gives on the way, each `[N]`.
+
+    A measure that is not asked for costs nothing, and one that is never holds more than a chunk of distributions.
+    """
+    if head is not None:
+        return _ProjectInChunks.apply(states, head.weight, head.bias, targets, head, fast, tuple(measures))
+    whole = log_distributions(None, states, fast=fast)
+    others = (measure(whole.detach(), slice(0, len(whole))) for measure in measures)
+    return (whole.gather(1, targets[:, None])[:, 0], *others)
+
+
+def log_sum_squares(logprobs: Float[Tensor, "N V"], rows: slice) -> Chosen:
+    """log sum_v p_v^2: the log-probability that two draws are the same token."""
+    return (2 * logprobs).logsumexp(-1)
+
+
+def entropy(logprobs: Float[Tensor, "N V"], rows: slice) -> Chosen:
+    """-sum_v p_v log p_v in nats."""
     # An impossible token (log-probability -inf) adds nothing to the entropy, but 0 * -inf is not a number.
-    weighted = logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)
-    return (2 * logprobs).logsumexp(-1), -weighted.sum(-1)
+    return -(logprobs.exp() * logprobs.clamp_min(torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def divergence_from(others: Callable[[slice], Float[Tensor, "N V"]]) -> Measure:
+    """KL(p || q) in nats, where `others` gives the log-probabilities q of some rows."""
+
+    def measure(logprobs: Float[Tensor, "N V"], rows: slice) -> Chosen:
+        shares, other = logprobs.exp(), others(rows).to(logprobs.device)
+        # A token that p rules out adds nothing, whatever q says of it.
+        return torch.where(shares > 0, shares * (logprobs - other), 0).sum(-1)
+
+    return measure
 
 
 class _ProjectInChunks(torch.autograd.Function):
@@ -99,23 +142,24 @@ class _ProjectInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states, weight, bias, targets, head: Head, fast: bool, whole: bool):  # noqa: PLR0917
-        normalizers, chosen, squares, entropies = [], [], [], []
-        with fast_products(states.device, allowed=fast):
-            for rows, wanted in zip(states.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
-                logits = head.logits(rows)
-                normalizers.append(logits.logsumexp(-1))
-                chosen.append(logits.gather(1, wanted[:, None])[:, 0] - normalizers[-1])
-                if whole:
-                    square, entropy = _whole_statistics(logits.sub_(normalizers[-1][:, None]))
-                    squares.append(square)
-                    entropies.append(entropy)
+    def forward(ctx: Any, states, weight, bias, targets, head: Head, fast: bool, measures):  # noqa: PLR0917
+        normalizers, chosen = [], []
+        others: list[list[Tensor]] = [[states.new_empty(0, dtype=torch.float32)] for _ in measures]
+        for start in range(0, max(len(states), 1), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            with fast_products(states.device, allowed=fast):
+                logits = head.logits(states[rows])
+            normalizers.append(logits.logsumexp(-1))
+            chosen.append(logits.gather(1, targets[rows, None])[:, 0] - normalizers[-1])
+            if measures:
+                logits.sub_(normalizers[-1][:, None])
+            for found, measure in zip(others, measures, strict=True):
+                found.append(measure(logits, rows))
         ctx.save_for_backward(states, weight, bias, targets, torch.cat(normalizers))
         ctx.head, ctx.fast = head, fast
-        logprobs = torch.cat(chosen)
-        others = (torch.cat(squares), torch.cat(entropies)) if whole else (logprobs.new_empty(0), logprobs.new_empty(0))
-        ctx.mark_non_differentiable(*others)
-        return logprobs, *others
+        values = [torch.cat(found) for found in others]
+        ctx.mark_non_differentiable(*values)
+        return torch.cat(chosen), *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable

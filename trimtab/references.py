@@ -5,27 +5,23 @@ All three `attach` to a batch; an objective cannot tell them apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trimtab.batches import PerToken, Referenced, Tokens, move
+from trimtab.batches import Referenced, move
 from trimtab.losses.arguments import Range
-from trimtab.progress import progress_bar
+from trimtab.progress import console, progress_bar
+from trimtab.reference_cache import WINDOW_ITEMS, ReferenceCache, Rows, read_window, window_file, write_window
 from trimtab.tokens import Encoded, pad
 
-
-class Scorer(Protocol):
-    """Log-probabilities of rows, nats per token, without gradient."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def logprobs(self, tokens: Tokens) -> PerToken: ...
+if TYPE_CHECKING:
+    from trimtab.models import Scorer
 
 
 class Reference(Protocol):
@@ -69,24 +65,85 @@ class NoReference:
         return Referenced(batch, torch.zeros(batch.tokens.ids.shape))
 
 
-@torch.no_grad()
 def store(
-    scorer: Scorer, items: Sequence[Encoded], *, pad_id: int, max_rows: int, wanted: Collection[int] | None = None
+    scorer: Scorer,
+    items: Sequence[Encoded],
+    *,
+    pad_id: int,
+    max_rows: int,
+    wanted: Sequence[int] | None = None,
+    cache: ReferenceCache | None = None,
 ) -> StoredReference:
-    """Score every row of every item, or of the `wanted` ones, once.
+    """Score every row of every item, or of the `wanted` ones, once; with a cache, once for all runs.
 
-    Items of similar length run together, and the rows of an item always do.
+    Items go by windows in the order of `wanted`. Within a window, items of similar length run together, and the rows
+    of an item always do. So a value depends on its window alone, whatever the cache holds already.
     """
-    by_length = sorted(range(len(items)) if wanted is None else wanted, key=lambda i: (items[i].longest, i))
-    found: dict[int, list[Tensor]] = {i: [] for i in by_length}
-    with progress_bar("reference log-probabilities", len(by_length)) as advance:
-        for chosen in item_batches(items, by_length, max_rows):
-            rows = [(i, row) for i in chosen for row in items[i].rows]
-            logprobs = scorer.logprobs(move(pad([row for _, row in rows], pad_id), scorer.device)).cpu()
-            for (i, row), values in zip(rows, logprobs, strict=True):
-                found[i].append(values[: len(row.ids)].clone())
-            advance(len(chosen))
+    order = list(range(len(items)) if wanted is None else dict.fromkeys(wanted))
+    windows = [order[start : start + WINDOW_ITEMS] for start in range(0, len(order), WINDOW_ITEMS)]
+    found = recall(cache, scorer, items, windows, pad_id=pad_id, max_rows=max_rows) if cache else {}
+    missing = [window for window in windows if window[0] not in found]
+    with progress_bar("reference log-probabilities", sum(map(len, missing))) as advance:
+        for window in missing:
+            for chosen in scoring_batches(items, window, max_rows):
+                found |= score(scorer, items, chosen, pad_id)
+                advance(len(chosen))
+            if cache:
+                some = [items[i] for i in window]
+                write_window(window_file(cache.folder, some), some, [found[i] for i in window])
     return StoredReference(found)
+
+
+def recall(
+    cache: ReferenceCache,
+    scorer: Scorer,
+    items: Sequence[Encoded],
+    windows: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    max_rows: int,
+) -> dict[int, Rows]:
+    """What a cache holds of some windows of items, by item; says how much that is.
+
+    One batch of it is computed again; if it does not agree, nothing of it is used.
+    """
+    found: dict[int, Rows] = {}
+    for window in windows:
+        some = [items[i] for i in window]
+        values = read_window(window_file(cache.folder, some), some)
+        if values is not None:
+            found |= zip(window, values, strict=True)
+    draw = random.Random(cache.seed)
+    if known := [window for window in windows if window[0] in found]:
+        chosen = draw.choice(list(scoring_batches(items, draw.choice(known), max_rows)))
+        if not agree(score(scorer, items, chosen, pad_id), found, cache.tolerance):
+            console.print(f"{cache.folder}: the reference gives other log-probabilities now; all are computed again")
+            found = {}
+    wanted = sum(map(len, windows))
+    console.print(f"reference log-probabilities: {len(found)} of {wanted} from {cache.folder}")
+    return found
+
+
+@torch.no_grad()
+def score(scorer: Scorer, items: Sequence[Encoded], chosen: Sequence[int], pad_id: int) -> dict[int, Rows]:
+    """The log-probabilities of some items, run together."""
+    rows = [(i, row) for i in chosen for row in items[i].rows]
+    logprobs = scorer.logprobs(move(pad([row for _, row in rows], pad_id), scorer.device)).cpu()
+    found: dict[int, Rows] = {i: [] for i in chosen}
+    for (i, row), values in zip(rows, logprobs, strict=True):
+        found[i].append(values[: len(row.ids)].clone())
+    return found
+
+
+def agree(now: Mapping[int, Rows], known: Mapping[int, Rows], tolerance: float) -> bool:
+    """Whether log-probabilities computed now are the known ones of the same items, but for rounding."""
+    ours, theirs = (torch.cat([row for i in now for row in values[i]]) for values in (now, known))
+    return bool(((ours - theirs).abs() <= tolerance * ours.abs().clamp_min(1)).all())
+
+
+def scoring_batches(items: Sequence[Encoded], window: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """The items of a window that run together, short ones first; the order of the window settles ties."""
+    return item_batches(items, sorted(window, key=lambda i: items[i].longest), max_rows)
 
 
 def item_batches(items: Sequence[Encoded], order: Sequence[int], max_rows: int) -> Iterator[list[int]]:

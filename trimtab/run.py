@@ -66,11 +66,11 @@ class Run:
         write_json(path / "environment.json", environment(seed))
         return cls(path, seed)
 
-    def note_precision(self, device: object, arithmetic: str) -> None:
-        """Add to environment.json what `--dtype auto` and `--device auto` came to."""
+    def note(self, **facts: str) -> None:
+        """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
         path = self.directory / "environment.json"
         known = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {**known, "device": str(device), "arithmetic": arithmetic})
+        write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one object to a .jsonl file of the run."""

@@ -32,6 +32,8 @@ class Dpo:
     """Reference log-probabilities: computed once, at every step, or from a reference that follows (TR-DPO)."""
     reference_args: tuple[str, ...] = ()
     """Of a moving reference: alpha=0.6 every=512."""
+    reference_cache: bool = True
+    """Keep stored log-probabilities on disk, for later runs with the same rows and reference."""
     ref_model: str | None = None
     """Another model as the reference; the start model unless given."""
 
@@ -61,5 +63,6 @@ def dpo(config: Dpo) -> None:
     scorer = training.reference_of(policy, config, needed=objective.reads_reference)
     run = training.open_run("dpo", config, policy, facts)
     items, follow = training.with_reference(items, scorer, policy, config, steps=steps)
+    del scorer  # where its log-probabilities are stored, another model's memory is free again
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps, follow=follow)

@@ -30,6 +30,8 @@ class Kto:
     """Hyperparameters of the loss, such as beta=0.1 desirable_weight=1.33."""
     reference: Literal["stored", "live"] = "stored"
     """Reference log-probabilities: computed once, or at every step."""
+    reference_cache: bool = True
+    """Keep stored log-probabilities on disk, for later runs with the same rows and reference."""
     ref_model: str | None = None
     """Another model as the reference; the start model unless given."""
 
@@ -59,5 +61,6 @@ def kto(config: Kto) -> None:
     run = training.open_run("kto", config, policy, facts)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
     items, _ = training.with_reference(items, scorer, policy, config, steps=steps)
+    del scorer  # where its log-probabilities are stored, another model's memory is free again
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps)

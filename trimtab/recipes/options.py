@@ -78,6 +78,8 @@ class StepOptions:
     """AdamW's weight decay on matrices."""
     share_prompts: bool = True
     """Run a prompt once for its answers in a micro-batch, where that saves tokens; changes speed, no result."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Run layers again in the backward pass: less memory, a third more time; auto: on a GPU if memory is short."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from trimtab.builtin import BUILTIN_MODELS
 from trimtab.evals.intervals import wilson
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
+from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
 from trimtab.recipes.options import DataOptions, StepOptions, flatten
 from trimtab.records import Prompt
-from trimtab.references import LiveReference, NoReference, Reference, blend, moving, store
+from trimtab.reference_cache import check_folder, open_cache
+from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
 from trimtab.run import Run, seed_everything, write_json
 from trimtab.sampling import sample
@@ -65,7 +67,7 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved[name] = absolute(resolved[name])
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
     write_json(run.directory / "data.json", facts)
-    run.note_precision(model.device, model.arithmetic.why)
+    run.note(device=str(model.device), arithmetic=model.arithmetic.why)
     return run
 
 
@@ -163,9 +165,13 @@ def check_reference(config: Any, *, needed: bool) -> None:
     """Refuse reference options that would have no effect or cannot work together."""
     if not needed and (config.reference != "stored" or config.ref_model):
         raise ValueError(f"--loss {config.loss} reads no reference, so --reference and --ref-model have no effect.")
+    if not config.reference_cache and (not needed or config.reference != "stored"):
+        raise ValueError("--no-reference-cache: only --reference stored, for a loss that reads it, keeps anything.")
     arguments = getattr(config, "reference_args", ())
     if config.reference != "moving" and arguments:
         raise ValueError(f"--reference-args {' '.join(arguments)}: only --reference moving has arguments.")
+    if needed and config.reference == "stored" and config.reference_cache:
+        check_folder()
     if config.reference == "moving":
         check_arguments(moving, parse_arguments(arguments))
         if config.lora.lora_rank:
@@ -185,7 +191,11 @@ def reference_of(policy: Any, config: Any, *, needed: bool) -> Any:
     """What the policy is compared with: itself as it starts, or `--ref-model`; None where no loss reads it."""
     if not needed:
         return None
-    return policy.reference() if config.ref_model is None else other_reference(policy, config)
+    if config.ref_model is not None:
+        return other_reference(policy, config)
+    if config.reference == "stored":  # it is asked before the first step, so no copy is needed
+        return FrozenPolicy(policy, without_adapter=policy.adapter is not None)
+    return policy.reference()
 
 
 def with_reference(
@@ -194,22 +204,34 @@ def with_reference(
     """Items whose batches carry the reference's log-probabilities, and what keeps a moving reference moving."""
     if scorer is None:
         return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
-    max_rows = config.steps.micro_batch_rows
     if config.reference == "stored":
-        drawn = batch_indices(len(items["train"].encoded), config.steps.batch_size, seed=config.run.seed, steps=steps)
-        wanted = {"train": {i for index in drawn for i in index}}
-        stored = {
-            part: store(scorer, some.encoded, pad_id=some.pad_id, max_rows=max_rows, wanted=wanted.get(part))
-            for part, some in items.items()
-        }
-        return {part: replace(some, reference=stored[part]) for part, some in items.items()}, lambda batches: batches
-    live = LiveReference(scorer, max_rows)
+        return with_stored(items, scorer, config, steps=steps), lambda batches: batches
+    live = LiveReference(scorer, config.steps.micro_batch_rows)
     items = {part: replace(some, reference=live) for part, some in items.items()}
     if config.reference == "live":
         return items, lambda batches: batches
     arguments = check_arguments(moving, parse_arguments(config.reference_args))
     update = partial(blend, scorer.model, policy.model)
     return items, lambda batches: moving(batches, update, **arguments)
+
+
+def with_stored(items: Mapping[str, Items], scorer: Any, config: Any, *, steps: int) -> dict[str, Items]:
+    """Items with the log-probabilities of all that the run will draw, from the cache as far as it has them."""
+    count, max_rows = len(items["train"].encoded), config.steps.micro_batch_rows
+    drawn = batch_indices(count, config.steps.batch_size, seed=config.run.seed, steps=steps)
+    wanted = list(dict.fromkeys(i for index in drawn for i in index))
+    # Everything is asked for in the order of the data, which is the same for every seed.
+    orders = {"train": wanted if len(wanted) < count else None}
+    cache = open_cache(scorer, max_rows=max_rows, seed=config.run.seed) if config.reference_cache else None
+    return {
+        part: replace(
+            some,
+            reference=store(
+                scorer, some.encoded, pad_id=some.pad_id, max_rows=max_rows, wanted=orders.get(part), cache=cache
+            ),
+        )
+        for part, some in items.items()
+    }
 
 
 def other_reference(policy: Any, config: Any) -> Any:
@@ -235,6 +257,7 @@ def train(
 ) -> dict[str, float]:
     """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
     options: StepOptions = config.steps
+    save_memory(run, learner.model, items["train"], options)
     batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
     write_samples(run, learner.model, items, config, step=0)
     evaluation = run.train(
@@ -253,6 +276,24 @@ def train(
     write_report([run.directory], run.directory / "report.html")
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
     return evaluation
+
+
+def save_memory(run: Run, model: Any, items: Items, options: StepOptions) -> None:
+    """Switch gradient checkpointing on where it is asked for or needed; says which and why."""
+    chosen = choose_checkpointing(options.gradient_checkpointing, model, most_tokens(model, items, options))
+    if chosen.on:
+        recompute_layers(model.model)
+    console.print(f"gradient checkpointing {chosen.why}")
+    run.note(gradient_checkpointing=chosen.why)
+
+
+def most_tokens(model: Any, items: Items, options: StepOptions) -> int:
+    """Tokens that run together in the largest micro-batch: that of the longest items."""
+    longest_first = sorted(range(len(items.encoded)), key=lambda i: -items.encoded[i].longest)
+    largest = next(item_batches(items.encoded, longest_first, options.micro_batch_rows))
+    tokens = items.collate([items.encoded[i] for i in largest], items.pad_id).tokens
+    layout = model.body.layout(tokens)
+    return (tokens if layout is None else layout).ids.numel()
 
 
 SAMPLE_TOKENS = 64
