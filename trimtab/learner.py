@@ -159,12 +159,25 @@ def _check_finite(**figures: float) -> None:
             )
 
 
-def make_optimizer(parameters: Sequence[Tensor], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; weight decay leaves one-dimensional parameters (norms, biases) alone."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+def make_optimizer(
+    parameters: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    others: Sequence[tuple[Sequence[Tensor], float]] = (),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """AdamW; weight decay leaves one-dimensional parameters (norms, biases) alone.
+
+    `others` are further weights, each with its own learning rate: a critic's.
+    """
+    groups = []
+    for weights, rate in [(parameters, lr), *others]:
+        matrices = [p for p in weights if p.ndim > 1]
+        vectors = [p for p in weights if p.ndim <= 1]
+        groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
+        groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, eps=eps, fused=True)
 
 
 def make_schedule(

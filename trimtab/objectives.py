@@ -9,7 +9,7 @@ Every loss and metric is a `Mean`; micro-batches and ranks add, and one division
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -337,7 +337,8 @@ class PolicyObjective:
 
     `average` makes a `Mean` of per-token losses and their mask (`mean_over`). With `fresh`, every batch is used for one
     update only, so the policy that drew it is the policy as it is and the old log-probabilities are its own: the
-    ratio is exactly 1, and what sampling rounded otherwise is reported (`logprob_gap`) and not trained on.
+    ratio is exactly 1, and what sampling rounded otherwise is reported (`logprob_gap`) and not trained on. `clip` are
+    the loss's bounds on `ratio`, for the share of clipped tokens.
     """
 
     policy_loss: Callable[[PolicyTerms], PerToken]
@@ -347,7 +348,8 @@ class PolicyObjective:
     kl_coefficient: float = 0.0
     value_loss: Callable[[ValueTerms], PerToken] | None = None
     value_coefficient: float = 0.1
-    clip: tuple[float, float] | None = None
+    ratio: Callable[[PolicyTerms], PerToken] = token_ratio
+    clip: Mapping[str, float] | None = None
     across: bool = False
 
     def outputs(self, policy: Any, batch: PolicyBatch) -> PolicyOutputs:
@@ -364,7 +366,7 @@ class PolicyObjective:
             losses = losses + self.kl_coefficient * kl
         metrics = policy_metrics(terms, batch)
         if self.clip:
-            metrics["clip_fraction"] = clip_fraction(terms, token_ratio(terms).detach(), *self.clip)
+            metrics["clip_fraction"] = clip_fraction(terms, self.ratio(terms).detach(), **self.clip)
         if self.value_loss:
             values = self.value_loss(ValueTerms(outputs.values, batch.old_values, batch.returns, batch.mask))
             losses = losses + self.value_coefficient * values

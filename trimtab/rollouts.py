@@ -185,7 +185,9 @@ def credit(
     if unfinished_score is not None:
         scores = with_unfinished_score(scores, rollouts.finished, unfinished_score)
     price = history.coefficient.value if algorithm.kl_in == "reward" else 0.0
-    values = in_chunks(stages.critic, rollouts.tokens, stages.max_rows) if stages.critic else torch.zeros_like(rollouts.kl)
+    values = (
+        in_chunks(stages.critic, rollouts.tokens, stages.max_rows) if stages.critic else torch.zeros_like(rollouts.kl)
+    )
     advantages, returns = advantages_of(rollouts, scores, values, price, algorithm)
     if algorithm.whiten_advantages:
         advantages = whiten(advantages, mask)
@@ -264,5 +266,3 @@ def check_algorithm(name: str, algorithm: Algorithm, *, group_size: int, prompts
             f"{name}: the loss reinforce has no ratio, so each answer is good for one update. "
             "Leave --epochs-per-rollout and --minibatches at 1, or take the loss ppo_clip."
         )
-
-

@@ -89,19 +89,19 @@ class Run:
         save_every: int = 0,
         title: str = "train",
     ) -> dict[str, float]:
-        """Draw a batch, take a step, write it down; `steps` times. Returns the last evaluation.
+        """Draw a batch, take a step, write it down; `steps` times, or until the batches end. Returns the last evaluation.
 
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
         one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
         """
         evaluation = self._evaluate(evaluate, 0)
         with progress_bar(title, steps) as advance:
-            step = 0
+            step, ended = 0, time.perf_counter()
             for batch in batches:
-                step += 1
-                began = time.perf_counter()
+                step, began = step + 1, time.perf_counter()
                 figures = learner.step(batch)
-                self._log_step(step, figures, batch, time.perf_counter() - began)
+                seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
+                self._log_step(step, figures, batch, seconds)
                 advance(note=f"loss {figures['loss']:.4f}")
                 if eval_every and step % eval_every == 0 and step < steps:
                     evaluation = self._evaluate(evaluate, step)
@@ -109,12 +109,12 @@ class Run:
                     self._checkpoint(save, step)
                 if step == steps:
                     break
-        assert step == steps, f"the batches ended after {step} of {steps} steps"
-        return self._evaluate(evaluate, steps) or evaluation
+                ended = time.perf_counter()
+        return self._evaluate(evaluate, step) or evaluation
 
-    def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: float) -> None:
+    def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: Mapping[str, float]) -> None:
         tokens = int(batch.tokens.attention_mask.sum())
-        speed = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        speed = {"tokens": tokens, "tokens_per_second": tokens / seconds["seconds"], **seconds}
         self.append("metrics.jsonl", {"step": step, **figures, **speed})
 
     def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, step: int) -> dict[str, float]:

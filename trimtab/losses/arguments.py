@@ -132,12 +132,13 @@ def parse_term(part: str, text: str) -> tuple[float, str]:
     return weight, match[2]
 
 
-def check_name(name: str, registry: Mapping[str, Any]) -> None:
+def check_name(name: str, registry: Mapping[str, Any], *, kind: str = "loss") -> None:
     """ValueError with the closest match and the whole list unless the registry has the name."""
     if name not in registry:
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown loss {name!r}.{hint} The losses are {', '.join(sorted(registry))}")
+        plural = "losses" if kind == "loss" else f"{kind}s"
+        raise ValueError(f"unknown {kind} {name!r}.{hint} The {plural} are {', '.join(sorted(registry))}")
 
 
 def check_same_input(functions: Mapping[str, Callable[..., Any]]) -> None:

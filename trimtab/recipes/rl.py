@@ -126,7 +126,7 @@ def rl(config: Rl) -> None:
     )
     learner = make_learner(policy, critic, algorithm, config)
     evaluate = evaluation(run, policy, reference, reward, prompts["eval"], config) if "eval" in prompts else None
-    training.train_online(run, learner, warmed_up(batches, config), evaluate, prompts, config)
+    training.train_online(run, learner, warmed_up(batches, config), evaluate, config)
 
 
 def resolved(config: Rl) -> Algorithm:
@@ -152,9 +152,7 @@ def resolved(config: Rl) -> Algorithm:
     check_arguments(POLICY_LOSSES[row.loss], parse_arguments(row.loss_arguments))
     check_arguments(ADVANTAGES[row.advantage], parse_arguments(row.advantage_arguments))
     check_kl_options(row, config.kl)
-    check_algorithm(
-        config.algorithm, row, group_size=config.group_size, prompts_per_step=config.prompts_per_step
-    )
+    check_algorithm(config.algorithm, row, group_size=config.group_size, prompts_per_step=config.prompts_per_step)
     check_critic_options(config, row)
     return row
 
@@ -248,9 +246,7 @@ def draws(prompts: Sequence[Prompt], config: Rl) -> Iterator[list[Prompt]]:
     from trimtab.batches import batch_indices
 
     # More rollouts than steps are never asked for.
-    for index in batch_indices(
-        len(prompts), config.prompts_per_step, seed=config.run.seed, steps=config.steps.steps
-    ):
+    for index in batch_indices(len(prompts), config.prompts_per_step, seed=config.run.seed, steps=config.steps.steps):
         yield [prompts[i] for i in index]
 
 
@@ -292,8 +288,8 @@ def make_learner(policy: Policy, critic: ScalarModel | None, algorithm: Algorith
 
     objective = objective_of(algorithm, config)
     model = ActorCritic(policy, critic) if critic else policy
-    slower = {"parameters": critic.trainable_parameters(), "lr": config.critic.critic_lr} if critic else None
-    return training.make_learner(model, objective, config.steps, config.steps.steps, other=slower)
+    learned = (critic, config.critic.critic_lr) if critic else None
+    return training.make_learner(model, objective, config.steps, config.steps.steps, critic=learned)
 
 
 def objective_of(algorithm: Algorithm, config: Rl) -> PolicyObjective:
@@ -301,14 +297,14 @@ def objective_of(algorithm: Algorithm, config: Rl) -> PolicyObjective:
     from trimtab.batches import mean_over
     from trimtab.kl import KL_LOSSES
     from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
-    from trimtab.losses.policy import POLICY_LOSSES
+    from trimtab.losses.policy import POLICY_LOSSES, sequence_ratio, token_ratio
     from trimtab.losses.value import VALUE_LOSSES
     from trimtab.objectives import PolicyObjective
 
     function = POLICY_LOSSES[algorithm.loss]
     settings = check_arguments(function, parse_arguments(algorithm.loss_arguments))
     every = {**defaults(function), **settings}
-    clip = (every["epsilon"], every["epsilon_high"]) if "epsilon" in every else None
+    clip = {name: every[name] for name in ("epsilon", "epsilon_high")} if "epsilon" in every else None
     return PolicyObjective(
         policy_loss=partial(function, **settings),
         average=partial(mean_over, algorithm.mean_over, length=config.sampling.max_new_tokens),
@@ -326,7 +322,9 @@ def warmed_up(batches: Iterator[Any], config: Rl) -> Iterator[Any]:
     import torch
 
     for i, batch in enumerate(batches):
-        yield replace(batch, advantages=torch.zeros_like(batch.advantages)) if i < config.critic.critic_warmup else batch
+        yield (
+            replace(batch, advantages=torch.zeros_like(batch.advantages)) if i < config.critic.critic_warmup else batch
+        )
 
 
 def watcher(run: Run, history: History) -> Callable[[Samples, Rollouts], None]:
@@ -342,7 +340,9 @@ def watcher(run: Run, history: History) -> Callable[[Samples, Rollouts], None]:
         if history.budget and history.budget.should_warn:
             console.print(f"KL is {history.budget.spent:.1f} of the {history.budget.limit:g} nats of --kl-budget")
         scores = rollouts.scores.tolist()
-        first = [{"text": text, "reward": score} for text, score in zip(samples.texts[: samples.n], scores, strict=False)]
+        first = [
+            {"text": text, "reward": score} for text, score in zip(samples.texts[: samples.n], scores, strict=False)
+        ]
         row = {"rollout": history.rollouts + 1, "prompt": samples.prompts[0].text, "answers": first}
         run.append("samples.jsonl", {**row, "kl_coefficient": history.coefficient.value, "health": dict(health.seen)})
 
@@ -367,9 +367,8 @@ def evaluation(
         nonlocal best
         limits = {"max_new_tokens": config.sampling.max_new_tokens, "batch_rows": config.sampling.batch_rows}
         samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **limits)
-        scores = [score or 0.0 for score in reward(samples.row_prompts, samples.answers)]
-        means = [sum(scores[i : i + samples.n]) / samples.n for i in range(0, len(scores), samples.n)]
-        mean, moved = bootstrap_mean(means, config.run.seed), drift(policy, reference, samples)
+        mean = bootstrap_mean(prompt_means(reward(samples.row_prompts, samples.answers), samples.n), config.run.seed)
+        moved = drift(policy, reference, samples)
         figures = {"reward": mean.value, "reward_low": mean.low, "reward_high": mean.high}
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -379,3 +378,9 @@ def evaluation(
         return figures
 
     return evaluate
+
+
+def prompt_means(scores: Sequence[float | None], n: int) -> list[float]:
+    """The mean score of each prompt's answers; answers and prompts without a score are left out."""
+    groups = ([score for score in scores[i : i + n] if score is not None] for i in range(0, len(scores), n))
+    return [sum(group) / len(group) for group in groups if group]

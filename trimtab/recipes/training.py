@@ -22,7 +22,7 @@ from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, StepOptions, flatten
+from trimtab.recipes.options import DataOptions, OnlineStepOptions, StepOptions, flatten
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
@@ -278,6 +278,29 @@ def train(
     return evaluation
 
 
+def train_online(
+    run: Run,
+    learner: Learner,
+    batches: Iterator[Any],
+    evaluate: Callable[[int], Mapping[str, float]] | None,
+    config: Any,
+) -> None:
+    """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
+    run.train(
+        learner,
+        batches,
+        steps=config.steps.steps,
+        evaluate=evaluate,
+        eval_every=config.run.eval_every,
+        save=learner.model.save,
+        save_every=config.run.save_every,
+    )
+    check_weights(learner, run)
+    learner.model.save(run.directory / "model")
+    write_report([run.directory], run.directory / "report.html")
+    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+
+
 def save_memory(run: Run, model: Any, items: Items, options: StepOptions) -> None:
     """Switch gradient checkpointing on where it is asked for or needed; says which and why."""
     chosen = choose_checkpointing(options.gradient_checkpointing, model, most_tokens(model, items, options))
@@ -339,9 +362,21 @@ def total_steps(options: StepOptions, items: int) -> int:
     return options.steps or math.ceil(len(batch_starts(items, options.batch_size)) * (options.epochs or 1))
 
 
-def make_learner(model: Any, objective: Objective, options: StepOptions, steps: int) -> Learner:
-    """AdamW on the weights that train, with the schedule and the micro-batches of the options."""
-    optimizer = make_optimizer(model.trainable_parameters(), lr=options.lr, weight_decay=options.weight_decay)
+def make_learner(
+    model: Any,
+    objective: Objective,
+    options: StepOptions | OnlineStepOptions,
+    steps: int,
+    *,
+    critic: tuple[Any, float] | None = None,
+) -> Learner:
+    """AdamW on the weights that train, with the schedule and the micro-batches of the options.
+
+    A critic's weights learn at their own rate.
+    """
+    others = [(critic[0].trainable_parameters(), critic[1])] if critic else []
+    parameters = model.trainable_parameters()
+    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=options.weight_decay, others=others)
     warmup_steps = round(options.warmup * steps)
     schedule = make_schedule(optimizer, kind=options.schedule, warmup_steps=warmup_steps, steps=steps)
     return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, options.max_grad_norm)
