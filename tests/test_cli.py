@@ -197,6 +197,67 @@ def test_the_chain_of_commands(pairs: str, tmp_path: Path, capsys: pytest.Captur
     assert main(["report", reward, policy, "--out", str(tmp_path / "page.html")]) == 0
 
 
+def test_several_rewards_are_weighed_and_added(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "completion": "four", "answer": "Four "},
+        {"prompt": "b", "completion": "no", "answer": "x"},
+    ]
+    given, out = write(tmp_path / "answers.jsonl", rows), tmp_path / "scored.jsonl"
+    several = [
+        "--reward",
+        "length",
+        "exact-match",
+        "ensemble:min(sentiment,length)",
+        "--reward-weights",
+        "-0.5",
+        "2",
+        "1",
+    ]
+    assert main(["score", *several, "--data", given, "--out", str(out)]) == 0
+    # "no" has a negative sentiment, "four" none: min(0, 4) = 0 and min(s, 2) = s.
+    first, second = (json.loads(line)["reward"] for line in out.read_text().splitlines())
+    assert first == -0.5 * 4 + 2 * 1 + 0
+    assert -2 < second < -1
+
+
+def test_best_of_n_chooses_among_the_answers_that_the_reward_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = """
+def first_kept(prompts, completions):
+    return [None if prompt == "second" or not i else -i for i, prompt in enumerate(prompts)]
+"""
+    (tmp_path / "rewards_that_leave_out.py").write_text(function)
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": name} for name in ("first", "second", "third")])
+    best, drawn = tmp_path / "best.jsonl", tmp_path / "drawn.jsonl"
+    sampling = ["--model", "tiny", "--data", prompts, "--max-new-tokens", "6"]
+    choosing = ["--reward", "py:rewards_that_leave_out:first_kept", "-n", "4", "--out", str(best)]
+    assert main(["best-of-n", *sampling, *choosing]) == 0
+    assert "left out 5 of 12 answers; 1 prompts" in " ".join(capsys.readouterr().err.split())
+    assert main(["generate", *sampling, "--num-answers", "4", "--out", str(drawn)]) == 0
+    rows, answers = ([json.loads(line) for line in path.read_text().splitlines()] for path in (best, drawn))
+    assert [(row["prompt"], row["rewards"]) for row in rows] == [
+        ("first", [None, -1.0, -2.0, -3.0]),
+        ("third", [-8.0, -9.0, -10.0, -11.0]),
+    ]
+    assert [(row["reward"], row["completion"]) for row in rows] == [
+        (-1.0, answers[1]["completion"]),
+        (-8.0, answers[8]["completion"]),
+    ]
+
+
+def test_a_reward_that_leaves_an_answer_out_cannot_score_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards_of_none.py").write_text("def none(completions):\n    return [None for text in completions]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given, out = write(tmp_path / "answers.jsonl", DEMONSTRATIONS), tmp_path / "scored.jsonl"
+    assert main(["score", "--reward", "py:rewards_of_none:none", "--data", given, "--out", str(out)]) == 2
+    assert re.search(r"none gave None for the answer .*answers\.jsonl:1", capsys.readouterr().err, re.DOTALL)
+    assert not out.exists()
+
+
 MISTAKES = {
     "no such file": (["dpo", "--data", "nowhere.jsonl"], r"nowhere\.jsonl"),
     "empty file": (["dpo", "--data", "{empty}"], r"empty\.jsonl.*no rows"),

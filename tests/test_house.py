@@ -247,10 +247,12 @@ def registered() -> set[str]:
     from trimtab.losses.reward import REWARD_LOSSES
     from trimtab.losses.unpaired import UNPAIRED_LOSSES
     from trimtab.losses.value import VALUE_LOSSES
+    from trimtab.rewards import ENSEMBLES, RULES
 
     offline = {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES}
     online = {*ALGORITHMS, *ADVANTAGES, *SCORE_SHAPES, *POLICY_LOSSES, *VALUE_LOSSES, *KL_ESTIMATORS, *KL_LOSSES}
-    return offline | online
+    ensembles = {f"ensemble:{name}(R1,R2,...)" for name in ENSEMBLES}
+    return offline | online | {*RULES, *ensembles}
 
 
 def test_every_registered_name_has_a_page():

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from trimtab.batches import Average
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -23,7 +25,7 @@ class Algorithm:
     kl: str
     kl_coefficient: float
     """Reward units (or loss units) per nat; 0 leaves KL out."""
-    mean_over: str
+    mean_over: Average
     value_loss: str = ""
     """The critic's loss; empty for algorithms without a critic."""
     loss_arguments: tuple[str, ...] = ()

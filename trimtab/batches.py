@@ -24,6 +24,7 @@ PerSequence = Float[Tensor, " B"]
 PerPair = Float[Tensor, " P"]
 Ids = Int[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
+Average = Literal["sequences", "tokens", "constant", "sums"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ class Mean:
         return cls(torch.where(weights != 0, values * weights, 0).sum(), weights.sum())
 
 
-def mean_over(
-    kind: Literal["sequences", "tokens", "constant", "sums"], losses: PerToken, mask: Mask, *, length: float
-) -> Mean:
+def mean_over(kind: Average, losses: PerToken, mask: Mask, *, length: float) -> Mean:
     """Per-token losses as one `Mean`; the four ways give tokens of long and short answers different weights.
 
     - `sequences`: the mean over an answer's tokens, then over answers (GRPO); a token of a long answer counts less

@@ -44,8 +44,8 @@ class Checkpointing:
     why: str
 
 
-def choose_checkpointing(requested: str, model: Policy | ScalarModel, tokens: int) -> Checkpointing:
-    """The decision for `on`, `off` or `auto`, where at most `tokens` tokens run together.
+def choose_checkpointing(requested: str, model: Policy | ScalarModel, rows: int, length: int) -> Checkpointing:
+    """The decision for `on`, `off` or `auto`, where at most `rows` sequences of `length` tokens run together.
 
     auto is off on a CPU; on a GPU, `weigh` decides. Raises ValueError where `on` cannot be done.
     """
@@ -59,7 +59,7 @@ def choose_checkpointing(requested: str, model: Policy | ScalarModel, tokens: in
         return Checkpointing(False, f"off: the layers of {name} are not known here")
     if model.device.type == "cpu":
         return Checkpointing(False, "off: on a CPU it takes more time than memory is worth")
-    return weigh(activation_bytes(model, tokens), free_bytes(model), tokens)
+    return weigh(activation_bytes(model, rows, length), free_bytes(model), rows * length)
 
 
 def weigh(needed: int, free: int, tokens: int) -> Checkpointing:
@@ -69,15 +69,18 @@ def weigh(needed: int, free: int, tokens: int) -> Checkpointing:
     return Checkpointing(on, f"{'on' if on else 'off'}: {told}")
 
 
-def activation_bytes(model: Policy | ScalarModel, tokens: int) -> int:
-    """What a forward pass over `tokens` tokens keeps for its backward pass: a straight line through two short rows.
+def activation_bytes(model: Policy | ScalarModel, rows: int, length: int) -> int:
+    """What a forward pass over `rows` sequences of `length` tokens keeps for its backward pass, and a chunk of logits.
 
-    It is measured, on this model in its precision and with its adapter, for families differ by a factor of three.
-    What grows with the square of the length is left out: the attention masks of shared prompts.
+    Per token it is measured, as a straight line through two short rows, on this model in its precision and with its
+    adapter: families differ by a factor of three. Attention's masks are added, in the type of the scores and one for
+    each layer, as sdpa keeps them; kernels that need none keep less.
     """
     short, long = PROBE_TOKENS
-    low, high = (_body_bytes(model, length) for length in PROBE_TOKENS)
-    return round(low + (high - low) / (long - short) * (tokens - short)) + _head_bytes(model, tokens)
+    low, high = (_body_bytes(model, tokens) for tokens in PROBE_TOKENS)
+    per_token = (high - low) / (long - short)
+    masks = len(layers_of(model.model)) * rows * length**2 * (2 if model.arithmetic.autocast else 4)
+    return round(low + per_token * (rows * length - short)) + masks + _head_bytes(model, rows * length)
 
 
 @torch.enable_grad()

@@ -6,10 +6,9 @@ as the last step left it; never prefetch it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +26,12 @@ from trimtab.advantages import (
     with_unfinished_score,
 )
 from trimtab.algorithms import Algorithm
-from trimtab.batches import PerSequence, PerToken, PolicyBatch, Rollouts, Tokens, move
+from trimtab.batches import PerSequence, PerToken, PolicyBatch, Rollouts, Tokens
 from trimtab.kl import KL_ESTIMATORS, AdaptiveCoefficient, FixedCoefficient, KlBudget, log_ratio, shaped_rewards
 from trimtab.losses.arguments import check_arguments, parse_arguments
 from trimtab.records import Prompt
 from trimtab.rewards import Reward
-from trimtab.sampling import Samples, sample
+from trimtab.sampling import Samples
 
 LogprobsOf = Callable[[Tokens], PerToken]
 

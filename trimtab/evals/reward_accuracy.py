@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
 from trimtab.records import Preference, answers_of
-from trimtab.rewards import Reward
+from trimtab.rewards import Reward, every_score
 
 TIE = 0.5
 """The confidence of a pair in which neither answer is the better one."""
@@ -89,7 +89,7 @@ def oriented(preference: Preference) -> Preference:
 def score_margins(reward: Reward, pairs: Sequence[Preference]) -> list[float]:
     """The chosen answer's score minus the rejected one's, for every pair; one call, so that batches are full."""
     answers = [answer for pair in pairs for answer in answers_of(pair)]
-    scores = reward([pair.prompt for pair in pairs for _ in range(2)], answers)
+    scores = every_score(reward, [pair.prompt for pair in pairs for _ in range(2)], answers)
     return [better - worse for better, worse in zip(scores[::2], scores[1::2], strict=True)]
 
 

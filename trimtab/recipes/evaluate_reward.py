@@ -35,11 +35,12 @@ def evaluate_reward(config: EvaluateReward) -> None:
     from trimtab.evals.reward_accuracy import reward_accuracy
     from trimtab.recipes import training
     from trimtab.records import Preference
-    from trimtab.rewards import parse_reward
+    from trimtab.rewards import parse_rewards
 
     loaded = training.read(config.data, Preference, skip_invalid=config.skip_invalid)
-    reward = parse_reward(
-        config.reward.reward,
+    reward = parse_rewards(
+        config.reward.choice.reward,
+        config.reward.choice.reward_weights,
         **training.scoring(config.reward),
         max_length=config.reward.max_length,
         overlong=config.reward.overlong,

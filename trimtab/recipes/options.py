@@ -235,11 +235,21 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True)
-class RewardOptions:
-    """Which reward, and how it computes."""
+class RewardChoice:
+    """Which reward; several are added up."""
 
-    reward: str
-    """A reward model's run, folder or hub id, implicit:RUN, py:package.module:function, sentiment or length."""
+    reward: tuple[str, ...]
+    """A reward model's run, folder or hub id, implicit:RUN, py:package.module:function, length, sentiment,
+    exact-match, or ensemble:mean(R1,R2,...), :min, :uwo. The sum of several."""
+    reward_weights: tuple[float, ...] = ()
+    """One factor for each reward; 1 unless given."""
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """How the reward computes."""
+
+    choice: RewardChoice
     dtype: Dtype = "auto"
     """Arithmetic of the model's body: auto is bf16 autocast over float32 weights where the processor has bf16."""
     device: str = "auto"

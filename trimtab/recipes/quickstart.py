@@ -165,8 +165,10 @@ def labelled_pairs(samples: Samples, gold: Reward, config: Quickstart) -> dict[s
 
     import torch
 
+    from trimtab.rewards import every_score
+
     coin = random.Random(config.seed)
-    scores = torch.tensor(gold(samples.row_prompts, samples.answers), dtype=torch.float64)
+    scores = torch.tensor(every_score(gold, samples.row_prompts, samples.answers), dtype=torch.float64)
     held_out = max(1, round(PAIRS_HELD_OUT * len(samples.prompts)))
     pairs: dict[str, list[Preference]] = {"train": [], "heldout": []}
     for prompt in range(len(samples.prompts)):
@@ -304,8 +306,10 @@ class Judged:
         """Gold reward, proxy reward and length in tokens of every answer, each `[prompts, answers]` in float64."""
         import torch
 
+        from trimtab.rewards import every_score
+
         asked, answers = samples.row_prompts, samples.answers
-        scores = (self.gold(asked, answers), self.proxy(asked, answers))
+        scores = (every_score(reward, asked, answers) for reward in (self.gold, self.proxy))
         gold, proxy = (torch.tensor(values, dtype=torch.float64).view(-1, samples.n) for values in scores)
         return gold, proxy, samples.tokens.response_lengths.double().view(-1, samples.n).cpu()
 

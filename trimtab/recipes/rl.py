@@ -12,6 +12,7 @@ from trimtab.recipes.options import (
     LoraOptions,
     ModelOptions,
     OnlineStepOptions,
+    RewardChoice,
     RunOptions,
     SamplingOptions,
     check_options,
@@ -20,7 +21,6 @@ from trimtab.recipes.options import (
 if TYPE_CHECKING:
     from trimtab.algorithms import Algorithm
     from trimtab.batches import Rollouts
-    from trimtab.critic import ActorCritic
     from trimtab.learner import Learner
     from trimtab.models import FrozenPolicy, Policy, ScalarModel
     from trimtab.objectives import PolicyObjective
@@ -68,12 +68,9 @@ class Rl:
     model: ModelOptions
     data: DataOptions
     run: RunOptions
-    reward: tuple[str, ...]
-    """Reward models, implicit:RUN, py:package.module:function, or built-ins such as sentiment; several are added."""
+    reward: RewardChoice
     algorithm: str = "rloo"
     """A row of docs/methods/policy_gradient.md."""
-    reward_weights: tuple[float, ...] = ()
-    """One for each --reward; 1 unless given."""
     group_size: int = 4
     """Answers to each prompt."""
     prompts_per_step: int = 8
@@ -112,7 +109,7 @@ def rl(config: Rl) -> None:
         raise ValueError(f"--prompts-per-step {config.prompts_per_step}: --data has {len(prompts['train'])} prompts.")
     run = training.open_run("rl", config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
-    critic = load_critic(policy, config) if algorithm.critic else None
+    critic = load_critic(policy, reward, config) if algorithm.critic else None
     history = new_history(algorithm, config)
     batches = policy_batches(
         draws(prompts["train"], config),
@@ -184,11 +181,10 @@ def check_critic_options(config: Rl, row: Algorithm) -> None:
 def load_reward(config: Rl) -> Reward:
     """The reward of all --reward flags together."""
     from trimtab.recipes import training
-    from trimtab.rewards import mixture, parse_reward
+    from trimtab.rewards import parse_rewards
 
     options = {**training.scoring(config.model), "max_length": config.data.max_length}
-    rewards = [parse_reward(text, **options) for text in config.reward]
-    return mixture(rewards, config.reward_weights)
+    return parse_rewards(config.reward.reward, config.reward.reward_weights, **options)
 
 
 def fitting(policy: Policy, prompts: Sequence[Prompt], config: Rl) -> list[Prompt]:
@@ -208,11 +204,11 @@ def fitting(policy: Policy, prompts: Sequence[Prompt], config: Rl) -> list[Promp
     return kept
 
 
-def load_critic(policy: Policy, config: Rl) -> ScalarModel:
+def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
     """The critic: a reward model, or the start model under a new head. It reads the policy's tokens."""
     from trimtab.models import load_scalar
 
-    model, source = config.model, critic_source(config)
+    model, source = config.model, critic_source(reward, config)
     options = {"dtype": model.dtype, "device": model.device, "trust_remote_code": model.trust_remote_code}
     critic = load_scalar(source or model.model, new_head=source is None, seed=config.run.seed, **options)
     if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
@@ -221,13 +217,13 @@ def load_critic(policy: Policy, config: Rl) -> ScalarModel:
     return critic
 
 
-def critic_source(config: Rl) -> str | None:
+def critic_source(reward: Reward, config: Rl) -> str | None:
     """What the critic starts from: --critic, else the one reward model there is."""
-    from trimtab.rewards import is_reward_model
+    from trimtab.rewards import ModelReward
 
     if config.critic.critic:
         return config.critic.critic
-    return config.reward[0] if len(config.reward) == 1 and is_reward_model(config.reward[0]) else None
+    return reward.name if isinstance(reward, ModelReward) else None
 
 
 def new_history(algorithm: Algorithm, config: Rl) -> History:
@@ -236,8 +232,9 @@ def new_history(algorithm: Algorithm, config: Rl) -> History:
     from trimtab.rollouts import History
 
     price, kl = algorithm.kl_coefficient, config.kl
-    fixed = kl.kl_target is None
-    coefficient = FixedCoefficient(price) if fixed else AdaptiveCoefficient(price, kl.kl_target, kl.kl_horizon)
+    coefficient = (
+        FixedCoefficient(price) if kl.kl_target is None else AdaptiveCoefficient(price, kl.kl_target, kl.kl_horizon)
+    )
     return History(coefficient, budget=None if kl.kl_budget is None else KlBudget(kl.kl_budget))
 
 
@@ -365,8 +362,14 @@ def evaluation(
 
     def evaluate(step: int) -> Mapping[str, float]:
         nonlocal best
-        limits = {"max_new_tokens": config.sampling.max_new_tokens, "batch_rows": config.sampling.batch_rows}
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **limits)
+        samples = sample(
+            policy,
+            prompts,
+            EVALUATION_ANSWERS,
+            seed=config.run.seed,
+            max_new_tokens=config.sampling.max_new_tokens,
+            batch_rows=config.sampling.batch_rows,
+        )
         mean = bootstrap_mean(prompt_means(reward(samples.row_prompts, samples.answers), samples.n), config.run.seed)
         moved = drift(policy, reference, samples)
         figures = {"reward": mean.value, "reward_low": mean.low, "reward_high": mean.high}

@@ -28,12 +28,13 @@ def score(config: Score) -> None:
     from trimtab.data.checks import prompt_of
     from trimtab.recipes import training
     from trimtab.records import answers_of
-    from trimtab.rewards import parse_reward
+    from trimtab.rewards import every_score, parse_rewards
 
     check_file(config.out, overwrite=config.overwrite)
     records = training.read(config.data, data.kind_of(config.data), skip_invalid=config.skip_invalid).records
-    reward = parse_reward(
-        config.reward.reward,
+    reward = parse_rewards(
+        config.reward.choice.reward,
+        config.reward.choice.reward_weights,
         **training.scoring(config.reward),
         max_length=config.reward.max_length,
         overlong=config.reward.overlong,
@@ -43,7 +44,7 @@ def score(config: Score) -> None:
         raise ValueError(
             f"{config.data}: its rows have prompts and no answers to score. `trimtab generate` writes some."
         )
-    scores = iter(reward([prompt for prompt, _ in given], [answer for _, answer in given]))
+    scores = iter(every_score(reward, [prompt for prompt, _ in given], [answer for _, answer in given]))
     rows = []
     for record in records:
         found = [next(scores) for _ in answers_of(record)]

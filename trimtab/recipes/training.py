@@ -303,20 +303,21 @@ def train_online(
 
 def save_memory(run: Run, model: Any, items: Items, options: StepOptions) -> None:
     """Switch gradient checkpointing on where it is asked for or needed; says which and why."""
-    chosen = choose_checkpointing(options.gradient_checkpointing, model, most_tokens(model, items, options))
+    chosen = choose_checkpointing(options.gradient_checkpointing, model, *largest_shape(model, items, options))
     if chosen.on:
         recompute_layers(model.model)
     console.print(f"gradient checkpointing {chosen.why}")
     run.note(gradient_checkpointing=chosen.why)
 
 
-def most_tokens(model: Any, items: Items, options: StepOptions) -> int:
-    """Tokens that run together in the largest micro-batch: that of the longest items."""
+def largest_shape(model: Any, items: Items, options: StepOptions) -> tuple[int, int]:
+    """Sequences of the largest micro-batch, that of the longest items, and their tokens."""
     longest_first = sorted(range(len(items.encoded)), key=lambda i: -items.encoded[i].longest)
     largest = next(item_batches(items.encoded, longest_first, options.micro_batch_rows))
     tokens = items.collate([items.encoded[i] for i in largest], items.pad_id).tokens
     layout = model.body.layout(tokens)
-    return (tokens if layout is None else layout).ids.numel()
+    sequences, length = (tokens if layout is None else layout).ids.shape
+    return sequences, length
 
 
 SAMPLE_TOKENS = 64

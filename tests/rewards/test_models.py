@@ -1,24 +1,21 @@
-"""Rewards: rules, somebody's functions, models; and what --reward may say."""
+"""Reward models and the implicit reward of a policy."""
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from trimtab import rewards
 from trimtab.batches import Tokens
 from trimtab.builtin import tiny_policy
 from trimtab.models import Policy, load_scalar
 from trimtab.records import Answer, Demonstration, Prompt
-from trimtab.rewards import RULES, ImplicitReward, ModelReward, RuleReward, checked, implicit_source, parse_reward
+from trimtab.rewards import ImplicitReward, ModelReward, every_score, parse_reward
+from trimtab.rewards.implicit import implicit_source
 from trimtab.tokens import encode_answer, pad, tokenize
 
 TEXT = Prompt.from_text("A review: ", columns={"target": 3}, source="rows.jsonl:2")
@@ -51,60 +48,6 @@ def character_model(policy: Policy) -> CharacterModel:
     return CharacterModel(policy.tokenizer, policy.pad_id, policy.device)
 
 
-def function_module(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
-    module = ModuleType("somebodys_rewards")
-    module.__spec__ = None
-    for name, function in functions.items():
-        setattr(module, name, function)
-    monkeypatch.setitem(sys.modules, "somebodys_rewards", module)
-    monkeypatch.setattr(rewards, "module_exists", lambda name: name == "somebodys_rewards")
-
-
-def test_rules_hand_values() -> None:
-    assert parse_reward("length")([TEXT, CHAT], texts("four", "")) == [4.0, 0.0]
-    # VADER: "good" has valence 1.9, and the compound score is s / sqrt(s^2 + 15).
-    assert parse_reward("sentiment")([TEXT], texts("good"))[0] == pytest.approx(1.9 / math.sqrt(1.9**2 + 15), abs=1e-4)
-    good, plain, bad = parse_reward("sentiment")([TEXT] * 3, texts("I love it!", "It is a chair.", "I hate it."))
-    assert good > plain == 0 > bad
-    assert all(parse_reward(name).name == name for name in RULES)
-
-
-def test_function_gets_what_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
-
-    def asks(prompts: list[Any], completions: list[Any], target: list[int], weight: float = 2.0) -> list[float]:
-        seen.update(prompts=prompts, completions=completions)
-        return [weight * value for value in target]
-
-    function_module(monkeypatch, asks=asks, takes_all=lambda **columns: seen.update(columns) or [0, 0])
-    assert parse_reward("py:somebodys_rewards:asks")([TEXT, CHAT], texts("a", "b")) == [6.0, 8.0]
-    assert seen["prompts"] == ["A review: ", [{"role": "user", "content": "Say something."}]]
-    assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]]
-    parse_reward("py:somebodys_rewards:takes_all")([TEXT, CHAT], texts("a", "b"))
-    assert seen["answer"] == [None, "yes"] and seen["target"] == [3, 4]
-
-
-def test_function_that_needs_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    function_module(monkeypatch, solution=lambda completions, solution: [0.0])
-    with pytest.raises(ValueError, match="needs solution; the data has answer, completions, prompts, target"):
-        parse_reward("py:somebodys_rewards:solution")([TEXT], texts("a"))
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "1.0", [1.0]])
-def test_what_is_no_finite_number_is_named_with_prompt_and_answer(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"(?s)mine returned .*'some answer'.*'A review: '.*rows\.jsonl:2"):
-        checked("mine", [TEXT], texts("some answer"), [value])
-
-
-def test_number_of_values_is_checked() -> None:
-    with pytest.raises(ValueError, match="1 values for 2 answers"):
-        checked("mine", [TEXT, TEXT], texts("a", "b"), [1.0])
-
-
-def test_numbers_of_arrays_are_numbers() -> None:
-    assert checked("mine", [TEXT] * 3, texts(*"abc"), torch.tensor([1.0, 2.0, 3.0])) == [1.0, 2.0, 3.0]
-
-
 def test_model_reward_keeps_order_and_ignores_batches(policy: Policy) -> None:
     model = character_model(policy)
     answers = ["a much longer answer than the others", "b", "", "medium one", "b"]
@@ -131,9 +74,8 @@ def test_a_cut_answer_is_scored_without_a_closing_token_as_in_training(policy: P
 
 def test_a_cut_answer_has_the_implicit_reward_of_its_own_tokens(policy: Policy) -> None:
     other = tiny_policy(seed=1, dtype="float32", device="cpu")
-    cut, ended = ImplicitReward("i", other, policy, beta=1.0)(
-        [CHAT] * 2, [Answer("some words", finished=False), Answer("some words")]
-    )
+    answers = [Answer("some words", finished=False), Answer("some words")]
+    cut, ended = every_score(ImplicitReward("i", other, policy, beta=1.0), [CHAT] * 2, answers)
     tokens = pad([encode_answer(policy.tokenizer, CHAT, "some words")], policy.pad_id)
     with torch.no_grad():
         per_token = (other.logprobs(tokens) - policy.logprobs(tokens))[0]
@@ -225,26 +167,3 @@ def test_implicit_reward_without_what_it_needs(tmp_path: Path) -> None:
         implicit_source(f"implicit:{run},reference=a,beta=-1")
     with pytest.raises(ValueError, match="of the form"):
         implicit_source(f"implicit:{run},gamma=1")
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("sentimnt", ValueError, "Did you mean sentiment"),
-        ("", ValueError, "no reward was given"),
-        ("./missing", FileNotFoundError, "no folder ./missing"),
-        ("py:json", ValueError, "of the form py:package.module:function"),
-        ("py:no_such_module_here:f", ValueError, "no module no_such_module_here"),
-        ("py:no_such_package_here.module:f", ValueError, "no module no_such_package_here"),
-        ("py:json:no_such_function", ValueError, "no function no_such_function"),
-        ("implcit:run", ValueError, "Did you mean implicit"),
-    ],
-)
-def test_unknown_rewards_say_what_is_allowed(text: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        parse_reward(text)
-
-
-def test_rule_reward_is_a_reward_for_any_rule() -> None:
-    reward = RuleReward("exclamations", lambda prompt, answer: answer.text.count("!"))
-    assert reward([TEXT] * 2, texts("wow!!", "no")) == [2.0, 0.0]
