@@ -32,7 +32,7 @@ class Health:
             found["kl_runs_away"] = f"KL jumped from about {self.usual_kl:.1f} to {kl:.1f} nats an answer"
         self.usual_kl = kl if not self.usual_kl else 0.8 * self.usual_kl + 0.2 * max(kl, 0.0)
         new = [f"{text}. {ADVICE[name]}" for name, text in found.items() if not self.seen[name]]
-        self.seen.update(found)
+        self.seen.update(list(found))
         return new
 
 

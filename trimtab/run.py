@@ -8,6 +8,7 @@ The directory is the contract between commands:
     metrics.jsonl       one object a step
     evals.jsonl         one object an evaluation
     samples.jsonl       what the policy says
+    rollouts.jsonl      online RL: the answers to one prompt of each rollout, with their rewards
     checkpoints/        step-00000100/, ... in `save_pretrained` form
     model/              the final model in `save_pretrained` form
     report.html         the same for people
@@ -89,8 +90,9 @@ class Run:
         save_every: int = 0,
         title: str = "train",
     ) -> dict[str, float]:
-        """Draw a batch, take a step, write it down; `steps` times, or until the batches end. Returns the last evaluation.
+        """Draw a batch, take a step, write it down; `steps` times, or until the batches end.
 
+        Returns the last evaluation.
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
         one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
         """

@@ -123,7 +123,8 @@ def rl(config: Rl) -> None:
     )
     learner = make_learner(policy, critic, algorithm, config)
     evaluate = evaluation(run, policy, reference, reward, prompts["eval"], config) if "eval" in prompts else None
-    training.train_online(run, learner, warmed_up(batches, config), evaluate, config)
+    shown = prompts.get("eval", prompts["train"])
+    training.train_online(run, learner, warmed_up(batches, config), evaluate, policy, shown, config)
 
 
 def resolved(config: Rl) -> Algorithm:
@@ -341,7 +342,7 @@ def watcher(run: Run, history: History) -> Callable[[Samples, Rollouts], None]:
             {"text": text, "reward": score} for text, score in zip(samples.texts[: samples.n], scores, strict=False)
         ]
         row = {"rollout": history.rollouts + 1, "prompt": samples.prompts[0].text, "answers": first}
-        run.append("samples.jsonl", {**row, "kl_coefficient": history.coefficient.value, "health": dict(health.seen)})
+        run.append("rollouts.jsonl", {**row, "kl_coefficient": history.coefficient.value, "health": dict(health.seen)})
 
     return watch
 

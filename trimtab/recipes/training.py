@@ -259,7 +259,8 @@ def train(
     options: StepOptions = config.steps
     save_memory(run, learner.model, items["train"], options)
     batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
-    write_samples(run, learner.model, items, config, step=0)
+    prompts = prompts_of(items.get("eval", items["train"]))
+    write_samples(run, learner.model, prompts, config, step=0)
     evaluation = run.train(
         learner,
         follow(batches),
@@ -271,7 +272,7 @@ def train(
     )
     check_weights(learner, run)
     finish()
-    write_samples(run, learner.model, items, config, step=steps)
+    write_samples(run, learner.model, prompts, config, step=steps)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
@@ -283,9 +284,12 @@ def train_online(
     learner: Learner,
     batches: Iterator[Any],
     evaluate: Callable[[int], Mapping[str, float]] | None,
+    policy: Policy,
+    prompts: Sequence[Prompt],
     config: Any,
 ) -> None:
     """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
+    write_samples(run, policy, prompts, config, step=0)
     run.train(
         learner,
         batches,
@@ -296,6 +300,7 @@ def train_online(
         save_every=config.run.save_every,
     )
     check_weights(learner, run)
+    write_samples(run, policy, prompts, config, step=config.steps.steps)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
@@ -323,12 +328,16 @@ def largest_shape(model: Any, items: Items, options: StepOptions) -> tuple[int, 
 SAMPLE_TOKENS = 64
 
 
-def write_samples(run: Run, model: Any, items: Mapping[str, Items], config: Any, *, step: int) -> None:
+def prompts_of(items: Items) -> list[Prompt]:
+    """The prompts of some items, each once."""
+    records = [item.record for item in items.encoded]
+    return list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
+
+
+def write_samples(run: Run, model: Any, prompts: Sequence[Prompt], config: Any, *, step: int) -> None:
     """What the policy says to the first held-out prompts (or training prompts), for people to read."""
     if not isinstance(model, Policy) or not config.run.samples:
         return
-    records = [item.record for item in items.get("eval", items["train"]).encoded]
-    prompts = list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
     some = [prompt for prompt in prompts if prompt.text][: config.run.samples]
     if some:
         answers = sample(model, some, max_new_tokens=SAMPLE_TOKENS, seed=config.run.seed).texts
