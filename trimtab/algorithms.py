@@ -31,9 +31,12 @@ class Algorithm:
     loss_arguments: tuple[str, ...] = ()
     advantage_arguments: tuple[str, ...] = ()
     score_shape: str = "raw"
+    score_arguments: tuple[str, ...] = ()
+    unfinished_score: float | None = None
+    """The score of every answer that was cut, whatever its reward; None leaves it as it is."""
     whiten_advantages: bool = False
     epochs: int = 1
-    """How often the answers of a step are gone through."""
+    """How often the answers of a rollout are gone through."""
     minibatches: int = 1
     """Updates in each of those passes."""
 
@@ -41,6 +44,11 @@ class Algorithm:
     def critic(self) -> bool:
         """Whether values are learned."""
         return bool(self.value_loss)
+
+    @property
+    def updates(self) -> int:
+        """Updates on the answers of one rollout."""
+        return self.epochs * self.minibatches
 
 
 ALGORITHMS = {

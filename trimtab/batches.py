@@ -236,13 +236,15 @@ class FeedbackBatch:
 class Rollouts:
     """Answers that the policy drew, with what is needed to credit them. The answers to a prompt are neighbours.
 
-    `logprobs` are the drawn tokens' log-probabilities under the policy that drew them, `ref_logprobs` under the
-    reference, `kl` the price tag of each token (nats, see `trimtab.kl`), all zero outside the answers. `valid` is false
-    for an answer that no reward could be given; its score is 0 and means nothing. `baseline` is what was expected of
-    an answer before it was drawn.
+    Log-probabilities of the drawn tokens: `sampled_logprobs` as sampling computed them, `logprobs` under the same
+    policy as training computes them (or the same again, where one update makes that needless), `ref_logprobs` under the
+    reference. `kl` is what each token's distance from the reference is taken to be (see `trimtab.kl`). All in nats, and
+    zero outside the answers. `valid` is false for an answer that no reward could be given; its score is 0 and means
+    nothing. `baseline` is what was expected of an answer before it was drawn.
     """
 
     tokens: Tokens
+    sampled_logprobs: PerToken
     logprobs: PerToken
     ref_logprobs: PerToken
     kl: PerToken
@@ -257,16 +259,24 @@ class Rollouts:
         """The tokens that count: those of answers that have a score."""
         return self.tokens.response_mask & self.valid[:, None]
 
+    @property
+    def mean_kl(self) -> float:
+        """The mean log-ratio of an answer to the reference, nats: an unbiased estimate of KL(policy || reference)."""
+        ratio = torch.where(self.mask, self.logprobs - self.ref_logprobs, 0).sum()
+        return (ratio / self.valid.sum().clamp(min=1)).item()
+
 
 @dataclass(frozen=True)
 class PolicyBatch:
     """Answers that the policy drew, credited. An item is a group: the `group_size` answers to one prompt.
 
-    `old_values` are what the critic expected before each token (zeros without a critic) and `returns` what it should
-    have. Rows whose `weights` are 0 count for nothing.
+    `sampled_logprobs` and `old_logprobs` are the `sampled_logprobs` and `logprobs` of `Rollouts`. `old_values` are what
+    the critic expected before each token (zeros without a critic) and `returns` what it should have. Rows whose
+    `weights` are 0 count for nothing.
     """
 
     tokens: Tokens
+    sampled_logprobs: PerToken
     old_logprobs: PerToken
     ref_logprobs: PerToken
     advantages: PerToken
@@ -292,7 +302,7 @@ class PolicyBatch:
     def select(self, items: Tensor) -> PolicyBatch:
         rows = rows_of(items, self.item_rows())
         columns = self.tokens.used_columns(rows)
-        per_token = ("old_logprobs", "ref_logprobs", "advantages", "returns", "old_values")
+        per_token = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values")
         per_row = ("scores", "weights", "finished")
         return replace(
             self,
@@ -300,6 +310,46 @@ class PolicyBatch:
             **{name: getattr(self, name)[rows][:, columns] for name in per_token},
             **{name: getattr(self, name)[rows] for name in per_row},
         )
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Answers that the policy drew and, beside them, demonstrations to imitate: items are the groups, then those.
+
+    `weight` multiplies the summed loss of the demonstrations and makes their mean commensurate with that of the
+    answers. It comes from the counts of the whole batch, so micro-batches add up to the same gradient.
+    """
+
+    answers: PolicyBatch
+    demonstrations: DemonstrationBatch
+    weight: float
+
+    @property
+    def tokens(self) -> Tokens:
+        return stacked(self.answers.tokens, self.demonstrations.tokens)
+
+    @property
+    def size(self) -> int:
+        return self.answers.size + self.demonstrations.size
+
+    def item_rows(self) -> Tensor:
+        return torch.cat([self.answers.item_rows(), self.demonstrations.item_rows()])
+
+    def select(self, items: Tensor) -> MixedBatch:
+        groups = self.answers.size
+        drawn, shown = items[items < groups], items[items >= groups] - groups
+        return MixedBatch(self.answers.select(drawn), self.demonstrations.select(shown), self.weight)
+
+
+def stacked(first: Tokens, second: Tokens) -> Tokens:
+    """The rows of both, padded on the right to one width."""
+    width = max(first.ids.shape[1], second.ids.shape[1])
+
+    def both(name: str) -> Tensor:
+        parts = (getattr(tokens, name) for tokens in (first, second))
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+    return Tokens(both("ids"), both("attention_mask"), both("response_mask"))
 
 
 B = TypeVar("B", DemonstrationBatch, PairBatch, RankingBatch, FeedbackBatch)

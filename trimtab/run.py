@@ -8,8 +8,8 @@ The directory is the contract between commands:
     metrics.jsonl       one object a step
     evals.jsonl         one object an evaluation
     samples.jsonl       what the policy says
-    rollouts.jsonl      online RL: the answers to one prompt of each rollout, with their rewards
-    checkpoints/        step-00000100/, ... in `save_pretrained` form
+    rollouts.jsonl      online RL: one object a rollout, with the answers to one of its prompts and their rewards
+    checkpoints/        step-00000100/, ... and best/, in `save_pretrained` form
     model/              the final model in `save_pretrained` form
     report.html         the same for people
 """
@@ -40,6 +40,8 @@ from trimtab.learner import Learner
 from trimtab.progress import progress_bar
 
 FORMAT_VERSION = 1
+SHOWN = ("loss", "reward", "kl")
+"""Figures of a step that the progress bar shows."""
 
 
 @dataclass
@@ -49,6 +51,8 @@ class Run:
     directory: Path
     seed: int
     started: float = field(default_factory=time.monotonic)
+    step: int = 0
+    """The last step that `train` took."""
 
     @classmethod
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
@@ -96,23 +100,25 @@ class Run:
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
         one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
         """
-        evaluation = self._evaluate(evaluate, 0)
+        evaluation, evaluated = self._evaluate(evaluate, 0), 0
+        self.step = 0
         with progress_bar(title, steps) as advance:
-            step, ended = 0, time.perf_counter()
+            ended = time.perf_counter()
             for batch in batches:
-                step, began = step + 1, time.perf_counter()
+                self.step, began = self.step + 1, time.perf_counter()
+                step = self.step
                 figures = learner.step(batch)
                 seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
                 self._log_step(step, figures, batch, seconds)
-                advance(note=f"loss {figures['loss']:.4f}")
+                advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
                 if eval_every and step % eval_every == 0 and step < steps:
-                    evaluation = self._evaluate(evaluate, step)
+                    evaluation, evaluated = self._evaluate(evaluate, step), step
                 if save and save_every and step % save_every == 0:
-                    self._checkpoint(save, step)
+                    self.checkpoint(save, f"step-{step:08d}")
                 if step == steps:
                     break
                 ended = time.perf_counter()
-        return self._evaluate(evaluate, step) or evaluation
+        return evaluation if evaluated == self.step else self._evaluate(evaluate, self.step)
 
     def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: Mapping[str, float]) -> None:
         tokens = int(batch.tokens.attention_mask.sum())
@@ -126,14 +132,17 @@ class Run:
         self.append("evals.jsonl", {"step": step, **figures})
         return figures
 
-    def _checkpoint(self, save: Callable[[Path], None], step: int) -> None:
-        """A checkpoint is there as a whole or not at all: written aside, then renamed."""
-        final = self.directory / "checkpoints" / f"step-{step:08d}"
-        aside = final.with_name(final.name + ".partial")
+    def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
+        """A checkpoint, in the place of an earlier one of that name. It is written aside, so that it is always whole."""
+        final = self.directory / "checkpoints" / name
+        aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save(aside)
+        if final.exists():
+            final.rename(retired)
         aside.rename(final)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def seed_everything(seed: int) -> None:

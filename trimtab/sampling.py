@@ -29,6 +29,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from trimtab import records
 from trimtab.batches import PerToken, Tokens
 from trimtab.progress import progress_bar
+from trimtab.projection import log_distributions
 from trimtab.records import Prompt
 from trimtab.tokens import Row, decode, encode_prompts, pad
 from trimtab.tokens import stop_ids as tokenizer_stop_ids
@@ -293,7 +294,7 @@ class Decoding:
 
 
 def next_logprobs(policy: Policy, ids: Tensor, mask: Tensor, cache: Cache) -> Float[Tensor, "B V"]:
-    """The log-probabilities of every token after the last of `ids`, float32, made as `Policy.logprobs` makes them.
+    """The log-probabilities of every token after the last of `ids`, float32, made as `Policy.logprobs` makes them at temperature 1.
 
     `mask` covers what the cache holds and then `ids`; padding is on the left.
     """
@@ -303,7 +304,8 @@ def next_logprobs(policy: Policy, ids: Tensor, mask: Tensor, cache: Cache) -> Fl
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     outputs = body(**inputs, use_cache=True)
     states = outputs.last_hidden_state if policy.module.projects else outputs.logits
-    return policy.log_distributions(states[:, -1])
+    # The model's own distribution, whatever temperature the policy's log-probabilities are made at.
+    return log_distributions(policy.module.head, states[:, -1], fast=policy.arithmetic.autocast is not None)
 
 
 def take_rows(cache: Cache, rows: Int[Tensor, " R"]) -> None:

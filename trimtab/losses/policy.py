@@ -136,14 +136,13 @@ def clip_fraction(p: PolicyTerms, ratio: PerToken, *, epsilon: float = 0.2, epsi
 def ratio_statistics(p: PolicyTerms) -> dict[str, Mean]:
     """How far the policy is from the one that drew the tokens; means over tokens.
 
-    `ratio` is r, `ratio_spread` is `(r - 1)^2`, `old_kl` estimates KL(pi_old || pi) in nats by k3, `logprob_gap` is
-    `|log r|` in nats. Before the first update they are 1, 0, 0 and 0, up to rounding.
+    `ratio` is r, `ratio_spread` is `(r - 1)^2`, `old_kl` estimates KL(pi_old || pi) in nats by k3. Before the first
+    update they are 1, 0 and 0, up to rounding.
     """
     ratio = token_ratio(p).detach()
     figures = {
         "ratio": ratio,
         "ratio_spread": (ratio - 1) ** 2,
         "old_kl": k3(-p.log_ratio.detach()),
-        "logprob_gap": p.log_ratio.detach().abs(),
     }
     return {name: Mean.of(values, p.mask) for name, values in figures.items()}

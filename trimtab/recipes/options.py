@@ -158,14 +158,16 @@ def check_options(config: Any) -> None:
 def check_inputs(config: Any) -> None:
     """Refuse inputs that do not exist by name, and those inside the directory that --overwrite would replace."""
     given = {"--model": config.model.model, "--data": config.data.data, "--eval-data": config.data.eval_data}
-    out = Path(config.run.out).resolve()
     for flag, value in {**given, "--ref-model": getattr(config, "ref_model", None)}.items():
-        if value == "":
-            raise ValueError(f"{flag} is empty.")
-        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
-            raise ValueError(
-                f"{flag} {value} lies in --out {config.run.out}, which would be replaced. Give another --out."
-            )
+        check_outside(config.run.out, flag, value)
+
+
+def check_outside(out: str, flag: str, value: str | None) -> None:
+    """Refuse an empty name, and one inside the directory that --overwrite would replace."""
+    if value == "":
+        raise ValueError(f"{flag} is empty.")
+    if value and Path(value).exists() and Path(value).resolve().is_relative_to(Path(out).resolve()):
+        raise ValueError(f"{flag} {value} lies in --out {out}, which would be replaced. Give another --out.")
 
 
 def check_steps(options: StepOptions | OnlineStepOptions) -> None:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from trimtab.recipes.algorithm import (
+    AlgorithmOptions,
+    CriticOptions,
+    KlOptions,
+    check_critic,
+    check_sampling,
+    new_history,
+    objective_of,
+    resolve,
+)
 from trimtab.recipes.options import (
     DataOptions,
     LoraOptions,
@@ -16,49 +27,29 @@ from trimtab.recipes.options import (
     RunOptions,
     SamplingOptions,
     check_options,
+    check_outside,
 )
 
 if TYPE_CHECKING:
     from trimtab.algorithms import Algorithm
-    from trimtab.batches import Rollouts
-    from trimtab.learner import Learner
+    from trimtab.batches import DemonstrationBatch, MixedBatch, PolicyBatch
     from trimtab.models import FrozenPolicy, Policy, ScalarModel
     from trimtab.objectives import PolicyObjective
     from trimtab.records import Prompt
     from trimtab.rewards import Reward
-    from trimtab.rollouts import History, Stages
+    from trimtab.rollouts import Account, History, Stages
     from trimtab.run import Run
     from trimtab.sampling import Samples
 
 
 @dataclass(frozen=True)
-class KlOptions:
-    """What distance from the reference costs, and how far the policy may go."""
+class PtxOptions:
+    """Demonstrations mixed into the objective (Ouyang et al. 2022, PPO-ptx)."""
 
-    kl_coef: float | None = None
-    """Price of KL, reward (or loss) units per nat; the algorithm's own unless given."""
-    kl_in: Literal["reward", "loss"] | None = None
-    """Take the price out of the reward, or add it to the loss; the algorithm's own unless given."""
-    kl: str | None = None
-    """Estimator: k1, k2, k3 or exact (over the vocabulary) in the reward; k1, k2, k3, k3_weighted in the loss."""
-    kl_target: float | None = None
-    """Let the price move until KL is so many nats per answer (Ziegler et al. 2019)."""
-    kl_horizon: float = 10_000
-    """Answers over which that price adapts; smaller is faster."""
-    kl_budget: float | None = None
-    """Stop when KL reaches so many nats per answer; warns at 80 %."""
-
-
-@dataclass(frozen=True)
-class CriticOptions:
-    """The critic of an algorithm that has one."""
-
-    critic: str | None = None
-    """Reward model to start from; --reward if that is one model, else the policy under a new head."""
-    critic_lr: float = 1e-5
-    """Learning rate of the critic."""
-    critic_warmup: int = 0
-    """Updates at the start in which only the critic learns."""
+    ptx_data: str | None = None
+    """Demonstrations to imitate beside the answers, as many a step as it has prompts."""
+    ptx_coef: float = 0.0
+    """Weight of their negative log-likelihood per token."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +60,13 @@ class Rl:
     data: DataOptions
     run: RunOptions
     reward: RewardChoice
-    algorithm: str = "rloo"
-    """A row of docs/methods/policy_gradient.md."""
-    group_size: int = 4
-    """Answers to each prompt."""
-    prompts_per_step: int = 8
-    """Prompts of each rollout."""
+    algorithm: AlgorithmOptions = AlgorithmOptions()
     lora: LoraOptions = LoraOptions()
     sampling: SamplingOptions = SamplingOptions()
     steps: OnlineStepOptions = field(default_factory=OnlineStepOptions)
     kl: KlOptions = KlOptions()
     critic: CriticOptions = CriticOptions()
-    epochs_per_rollout: int | None = None
-    """Passes over the answers of a rollout; the algorithm's own unless given."""
-    minibatches: int | None = None
-    """Updates in each pass; the algorithm's own unless given."""
-    loss_args: tuple[str, ...] = ()
-    """Hyperparameters of the policy loss, such as epsilon=0.2."""
-    advantage_args: tuple[str, ...] = ()
-    """Hyperparameters of the advantage, such as lam=0.95."""
-    unfinished_score: float | None = None
-    """The score of every answer that was cut at --max-new-tokens, whatever its reward."""
+    ptx: PtxOptions = PtxOptions()
 
 
 def rl(config: Rl) -> None:
@@ -99,84 +76,68 @@ def rl(config: Rl) -> None:
     from trimtab.records import Prompt
     from trimtab.rollouts import policy_batches
 
-    check_options(config)
-    algorithm = resolved(config)
+    algorithm, history = checked(config)
     loaded = training.read_parts(config.data, Prompt)
     reward = load_reward(config)
     policy = training.load(load_policy, config)
+    policy.module.temperature = config.sampling.temperature
     prompts = {part: fitting(policy, some.records, config) for part, some in loaded.items()}
-    if len(prompts["train"]) < config.prompts_per_step:
-        raise ValueError(f"--prompts-per-step {config.prompts_per_step}: --data has {len(prompts['train'])} prompts.")
+    check_prompts(prompts["train"], config)
+    shown = demonstrations(policy, config)
+    critic = load_critic(policy, reward, config) if algorithm.critic else None
     run = training.open_run("rl", config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
-    critic = load_critic(policy, reward, config) if algorithm.critic else None
-    history = new_history(algorithm, config)
+    stages = stages_of(policy, reference, reward, critic, algorithm, config)
+    watch = watcher(run, history)
     batches = policy_batches(
         draws(prompts["train"], config),
-        stages_of(policy, reference, reward, critic, algorithm, config),
+        stages,
         algorithm,
         history,
-        group_size=config.group_size,
+        group_size=config.algorithm.group_size,
         seed=config.run.seed,
-        unfinished_score=config.unfinished_score,
-        watch=watcher(run, history),
+        watch=watch,
     )
-    learner = make_learner(policy, critic, algorithm, config)
-    evaluate = evaluation(run, policy, reference, reward, prompts["eval"], config) if "eval" in prompts else None
-    shown = prompts.get("eval", prompts["train"])
-    training.train_online(run, learner, warmed_up(batches, config), evaluate, policy, shown, config)
+    learner, updates = learning(policy, critic, shown, batches, algorithm, config)
+    save_memory(run, policy, critic, prompts["train"], config)
+    evaluate = evaluation(run, stages, policy, reference, prompts["eval"], config) if "eval" in prompts else None
+    training.train_online(run, learner, updates, evaluate, policy, prompts.get("eval", prompts["train"]), config)
+    if critic:
+        critic.save(run.directory / "critic")
 
 
-def resolved(config: Rl) -> Algorithm:
-    """The algorithm's row with what the flags change, checked by name before anything is loaded."""
-    from trimtab.advantages import ADVANTAGES
-    from trimtab.algorithms import ALGORITHMS
-    from trimtab.losses.arguments import check_arguments, check_name, parse_arguments
-    from trimtab.losses.policy import POLICY_LOSSES
-    from trimtab.rollouts import check_algorithm
-
-    check_name(config.algorithm, ALGORITHMS, kind="algorithm")
-    row = ALGORITHMS[config.algorithm]
-    given = {
-        "kl_coefficient": config.kl.kl_coef,
-        "kl_in": config.kl.kl_in,
-        "kl": config.kl.kl,
-        "epochs": config.epochs_per_rollout,
-        "minibatches": config.minibatches,
-        "loss_arguments": (*row.loss_arguments, *config.loss_args) or None,
-        "advantage_arguments": (*row.advantage_arguments, *config.advantage_args) or None,
-    }
-    row = replace(row, **{name: value for name, value in given.items() if value is not None})
-    check_arguments(POLICY_LOSSES[row.loss], parse_arguments(row.loss_arguments))
-    check_arguments(ADVANTAGES[row.advantage], parse_arguments(row.advantage_arguments))
-    check_kl_options(row, config.kl)
-    check_algorithm(config.algorithm, row, group_size=config.group_size, prompts_per_step=config.prompts_per_step)
-    check_critic_options(config, row)
-    return row
+# ---- What comes in
 
 
-def check_kl_options(row: Algorithm, options: KlOptions) -> None:
-    """Refuse KL flags that contradict each other or have no effect."""
-    from trimtab.kl import KL_ESTIMATORS, KL_LOSSES
+def checked(config: Rl) -> tuple[Algorithm, History]:
+    """The algorithm and an empty history, once no flag means nothing."""
+    check_options(config)
+    given = {"--critic": config.critic.critic, "--ptx-data": config.ptx.ptx_data}
+    for flag, value in [*given.items(), *(("--reward", name) for name in config.reward.reward)]:
+        check_outside(config.run.out, flag, value)
+    check_sampling(config.sampling)
+    algorithm = resolve(config.algorithm, config.kl)
+    check_critic(config.algorithm.algorithm, config.critic, algorithm, config.steps.steps)
+    check_demonstrations(config.ptx)
+    if config.data.overlong not in ("error", "drop"):
+        raise ValueError(f"--overlong {config.data.overlong}: prompts are never cut here; give error or drop.")
+    answers = config.algorithm.group_size * config.algorithm.prompts_per_step
+    return algorithm, new_history(algorithm, config.kl, answers)
 
-    allowed = (*KL_ESTIMATORS, "exact") if row.kl_in == "reward" else tuple(KL_LOSSES)
-    if row.kl not in allowed:
-        raise ValueError(f"--kl {row.kl}: with --kl-in {row.kl_in} allowed are {', '.join(allowed)}.")
-    if row.kl_coefficient < 0:
-        raise ValueError(f"--kl-coef {row.kl_coefficient}: a number that is not negative is needed.")
-    if options.kl_target is not None and not (options.kl_target > 0 and row.kl_coefficient > 0):
-        raise ValueError(f"--kl-target {options.kl_target}: it needs a target and a first --kl-coef above 0.")
-    if options.kl_target is not None and row.kl_in == "loss":
-        raise ValueError("--kl-target moves the price of KL in the reward: add --kl-in reward.")
-    if options.kl_target is None and options.kl_horizon != KlOptions().kl_horizon:
-        raise ValueError(f"--kl-horizon {options.kl_horizon:g} has no effect without --kl-target.")
+
+def check_demonstrations(options: PtxOptions) -> None:
+    """Refuse demonstrations without a weight, and a weight without demonstrations."""
+    if not 0 <= options.ptx_coef < math.inf:
+        raise ValueError(f"--ptx-coef {options.ptx_coef}: a number that is not negative is needed.")
+    if (options.ptx_data is None) != (options.ptx_coef == 0):
+        raise ValueError("--ptx-data and --ptx-coef belong together: give both, the weight above 0.")
 
 
-def check_critic_options(config: Rl, row: Algorithm) -> None:
-    """Refuse critic flags for an algorithm without a critic."""
-    given = config.critic != CriticOptions()
-    if given and not row.critic:
-        raise ValueError(f"{config.algorithm} has no critic, so --critic, --critic-lr and --critic-warmup do nothing.")
+def check_prompts(prompts: Sequence[Prompt], config: Rl) -> None:
+    """Refuse a rollout of more prompts than there are."""
+    wanted = config.algorithm.prompts_per_step
+    if len(prompts) < wanted:
+        raise ValueError(f"--prompts-per-step {wanted}: --data has {len(prompts)} prompts that can be used.")
 
 
 def load_reward(config: Rl) -> Reward:
@@ -191,11 +152,9 @@ def load_reward(config: Rl) -> Reward:
 def fitting(policy: Policy, prompts: Sequence[Prompt], config: Rl) -> list[Prompt]:
     """The prompts that leave room for an answer; others are an error, or dropped and counted."""
     from trimtab.progress import console
-    from trimtab.tokens import encode_prompts
 
     room = config.data.max_length - config.sampling.max_new_tokens
-    lengths = [len(ids) for ids in encode_prompts(policy.tokenizer, prompts)]
-    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= room]
+    kept = [prompt for prompt, length in zip(prompts, prompt_lengths(policy, prompts), strict=True) if length <= room]
     if len(kept) < len(prompts):
         told = f"{len(prompts) - len(kept)} of {len(prompts)} prompts are longer than {room} tokens (--max-length"
         told += f" {config.data.max_length} minus --max-new-tokens {config.sampling.max_new_tokens})"
@@ -205,47 +164,70 @@ def fitting(policy: Policy, prompts: Sequence[Prompt], config: Rl) -> list[Promp
     return kept
 
 
-def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
-    """The critic: a reward model, or the start model under a new head. It reads the policy's tokens."""
-    from trimtab.models import load_scalar
+def prompt_lengths(policy: Policy, prompts: Sequence[Prompt]) -> list[int]:
+    """Tokens of each prompt."""
+    from trimtab.tokens import encode_prompts
 
-    model, source = config.model, critic_source(reward, config)
-    options = {"dtype": model.dtype, "device": model.device, "trust_remote_code": model.trust_remote_code}
-    critic = load_scalar(source or model.model, new_head=source is None, seed=config.run.seed, **options)
+    return [len(ids) for ids in encode_prompts(policy.tokenizer, prompts)]
+
+
+def demonstrations(policy: Policy, config: Rl) -> Iterator[DemonstrationBatch] | None:
+    """As many demonstrations a step as it has prompts, if there are any."""
+    from trimtab.recipes import training
+    from trimtab.records import Demonstration
+    from trimtab.tokens import demonstration_batch, encode
+
+    if config.ptx.ptx_data is None:
+        return None
+    loaded = {"ptx": training.read(config.ptx.ptx_data, Demonstration, skip_invalid=config.data.skip_invalid)}
+    encoder = partial(encode, policy.tokenizer)
+    items, _ = training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)
+    size = config.algorithm.prompts_per_step
+    return items["ptx"].epochs(batch_size=size, seed=config.run.seed, steps=config.steps.steps)
+
+
+def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
+    """The critic: --critic, else the one reward model there is, else the start model. It reads the policy's tokens.
+
+    A model that has no reward head gets one of zeros, so that at first nothing is expected of any answer.
+    """
+    from trimtab.models import load_scalar
+    from trimtab.rewards import ModelReward
+    from trimtab.weights import has_reward_head
+
+    model = config.model
+    source = config.critic.critic or (reward.name if isinstance(reward, ModelReward) else model.model)
+    new_head = not has_reward_head(source, trust_remote_code=model.trust_remote_code)
+    critic = load_scalar(
+        source,
+        new_head=new_head,
+        seed=config.run.seed,
+        dtype=model.dtype,
+        device=model.device,
+        lora_rank=config.lora.lora_rank,
+        lora_alpha=config.lora.lora_alpha,
+        trust_remote_code=model.trust_remote_code,
+    )
     if critic.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise ValueError(f"--critic {source} has another vocabulary than --model {model.model}.")
+        told = f"the critic starts from {source}, which has another vocabulary than --model {model.model}"
+        raise ValueError(f"{told}. Give a --critic that reads the same tokens, such as {model.model}.")
+    if new_head:
+        critic.scale_by(0.0)
     critic.body.arrangement = policy.body.arrangement and critic.body.arrangement
     return critic
-
-
-def critic_source(reward: Reward, config: Rl) -> str | None:
-    """What the critic starts from: --critic, else the one reward model there is."""
-    from trimtab.rewards import ModelReward
-
-    if config.critic.critic:
-        return config.critic.critic
-    return reward.name if isinstance(reward, ModelReward) else None
-
-
-def new_history(algorithm: Algorithm, config: Rl) -> History:
-    """What the run remembers, at its start."""
-    from trimtab.kl import AdaptiveCoefficient, FixedCoefficient, KlBudget
-    from trimtab.rollouts import History
-
-    price, kl = algorithm.kl_coefficient, config.kl
-    coefficient = (
-        FixedCoefficient(price) if kl.kl_target is None else AdaptiveCoefficient(price, kl.kl_target, kl.kl_horizon)
-    )
-    return History(coefficient, budget=None if kl.kl_budget is None else KlBudget(kl.kl_budget))
 
 
 def draws(prompts: Sequence[Prompt], config: Rl) -> Iterator[list[Prompt]]:
     """The prompts of each rollout: epoch after epoch, each in its own order."""
     from trimtab.batches import batch_indices
 
-    # More rollouts than steps are never asked for.
-    for index in batch_indices(len(prompts), config.prompts_per_step, seed=config.run.seed, steps=config.steps.steps):
+    size = config.algorithm.prompts_per_step
+    # There are at most as many rollouts as steps.
+    for index in batch_indices(len(prompts), size, seed=config.run.seed, steps=config.steps.steps):
         yield [prompts[i] for i in index]
+
+
+# ---- What happens to it
 
 
 def stages_of(
@@ -258,127 +240,159 @@ def stages_of(
 ) -> Stages:
     """What a rollout passes through."""
     from trimtab.critic import values_before
-    from trimtab.rollouts import GREEDY, Stages
+    from trimtab.rollouts import Stages, derived_seed
     from trimtab.sampling import sample
 
     settings = asdict(config.sampling)
 
-    def draw(prompts: Sequence[Prompt], n: int, *, seed: int) -> Samples:
-        if seed == GREEDY:
-            return sample(policy, prompts, n, **{**settings, "temperature": 0.0, "top_k": 0, "top_p": 1.0})
-        return sample(policy, prompts, n, seed=seed, **settings)
+    def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
+        return sample(policy, prompts, n, seed=derived_seed(config.run.seed, step), **settings)
+
+    def greedy(prompts: Sequence[Prompt]) -> Samples:
+        return sample(policy, prompts, **{**settings, "temperature": 0.0})
 
     return Stages(
         draw=draw,
+        greedy=greedy,
         reward=reward,
         reference=reference.logprobs,
         policy=policy.logprobs,
         critic=partial(values_before, critic) if critic else None,
-        max_rows=config.steps.micro_batch_rows,
         exact_kl=partial(policy.kl, reference=reference) if algorithm.kl == "exact" else None,
+        max_rows=config.steps.micro_batch_rows,
     )
 
 
-def make_learner(policy: Policy, critic: ScalarModel | None, algorithm: Algorithm, config: Rl) -> Learner:
-    """The learner of policy and critic, which learn at their own rates."""
+def learning(
+    policy: Policy,
+    critic: ScalarModel | None,
+    shown: Iterator[DemonstrationBatch] | None,
+    batches: Iterator[PolicyBatch],
+    algorithm: Algorithm,
+    config: Rl,
+) -> tuple[Any, Iterator[PolicyBatch | MixedBatch]]:
+    """The learner, and the batches as it takes them: with demonstrations if there are any, the critic alone at first."""
     from trimtab.critic import ActorCritic
+    from trimtab.objectives import MixedObjective
     from trimtab.recipes import training
 
-    objective = objective_of(algorithm, config)
+    objective = objective_of(algorithm, max_new_tokens=config.sampling.max_new_tokens)
     model = ActorCritic(policy, critic) if critic else policy
-    learned = (critic, config.critic.critic_lr) if critic else None
-    return training.make_learner(model, objective, config.steps, config.steps.steps, critic=learned)
-
-
-def objective_of(algorithm: Algorithm, config: Rl) -> PolicyObjective:
-    """The objective that the algorithm's row names."""
-    from trimtab.batches import mean_over
-    from trimtab.kl import KL_LOSSES
-    from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
-    from trimtab.losses.policy import POLICY_LOSSES, sequence_ratio, token_ratio
-    from trimtab.losses.value import VALUE_LOSSES
-    from trimtab.objectives import PolicyObjective
-
-    function = POLICY_LOSSES[algorithm.loss]
-    settings = check_arguments(function, parse_arguments(algorithm.loss_arguments))
-    every = {**defaults(function), **settings}
-    clip = {name: every[name] for name in ("epsilon", "epsilon_high")} if "epsilon" in every else None
-    return PolicyObjective(
-        policy_loss=partial(function, **settings),
-        average=partial(mean_over, algorithm.mean_over, length=config.sampling.max_new_tokens),
-        fresh=algorithm.epochs * algorithm.minibatches == 1,
-        kl_loss=KL_LOSSES[algorithm.kl] if algorithm.kl_in == "loss" else None,
-        kl_coefficient=algorithm.kl_coefficient if algorithm.kl_in == "loss" else 0.0,
-        value_loss=VALUE_LOSSES[algorithm.value_loss] if algorithm.critic else None,
-        ratio=sequence_ratio if algorithm.loss == "gspo" else token_ratio,
-        clip=clip,
+    weights, warmup = policy.trainable_parameters(), config.critic.critic_warmup
+    updates = batches if shown is None else with_demonstrations(batches, shown, objective, config)
+    learner = training.make_learner(
+        model,
+        objective if shown is None else MixedObjective(objective),
+        config.steps,
+        config.steps.steps,
+        critic=(critic, config.critic.critic_lr) if critic else None,
     )
+    return learner, critic_first(updates, weights, warmup) if warmup else updates
 
 
-def warmed_up(batches: Iterator[Any], config: Rl) -> Iterator[Any]:
-    """The batches; in the first `--critic-warmup` of them the policy has nothing to gain, so only the critic learns."""
+def with_demonstrations(
+    batches: Iterator[PolicyBatch], shown: Iterator[DemonstrationBatch], objective: PolicyObjective, config: Rl
+) -> Iterator[MixedBatch]:
+    """Every batch with demonstrations beside it; with none as long as only the critic learns."""
     import torch
 
+    from trimtab.objectives import mixed
+
+    for i, (batch, some) in enumerate(zip(batches, shown, strict=False)):
+        shown_now = some if i >= config.critic.critic_warmup else some.select(torch.arange(0))
+        yield mixed(batch, shown_now, objective, config.ptx.ptx_coef)
+
+
+def critic_first(batches: Iterator[Any], weights: Sequence[Any], updates: int) -> Iterator[Any]:
+    """The batches, with the policy's weights fixed in the first `updates` of them."""
     for i, batch in enumerate(batches):
-        yield (
-            replace(batch, advantages=torch.zeros_like(batch.advantages)) if i < config.critic.critic_warmup else batch
-        )
+        # Right before the step, for an adapter that was off for the reference comes back able to learn.
+        for weight in weights:
+            weight.requires_grad_(i >= updates)
+        yield batch
 
 
-def watcher(run: Run, history: History) -> Callable[[Samples, Rollouts], None]:
-    """Looks at every rollout: writes down one prompt's answers, and says what looks unhealthy."""
-    from trimtab.health import Health
+def save_memory(run: Run, policy: Policy, critic: ScalarModel | None, prompts: Sequence[Prompt], config: Rl) -> None:
+    """Gradient checkpointing for what the longest answers to the longest prompts need."""
+    from trimtab.recipes import training
+
+    rows = max(config.steps.micro_batch_rows, config.algorithm.group_size)
+    length = max(prompt_lengths(policy, prompts)) + config.sampling.max_new_tokens
+    models = [policy, critic] if critic else [policy]
+    training.save_memory(run, models, config.steps.gradient_checkpointing, rows, length)
+
+
+# ---- What is told
+
+
+def watcher(run: Run, history: History) -> Callable[[Account], None]:
+    """Looks at every rollout: writes down its figures and one prompt's answers, and says what looks unhealthy."""
     from trimtab.progress import console
 
-    health = Health()
-
-    def watch(samples: Samples, rollouts: Rollouts) -> None:
-        for warning in health.look(rollouts, samples.texts):
-            console.print(f"[yellow]rollout {history.rollouts + 1}: {warning}[/yellow]")
-        if history.budget and history.budget.should_warn:
-            console.print(f"KL is {history.budget.spent:.1f} of the {history.budget.limit:g} nats of --kl-budget")
-        scores = rollouts.scores.tolist()
-        first = [
-            {"text": text, "reward": score} for text, score in zip(samples.texts[: samples.n], scores, strict=False)
-        ]
-        row = {"rollout": history.rollouts + 1, "prompt": samples.prompts[0].text, "answers": first}
-        run.append("rollouts.jsonl", {**row, "kl_coefficient": history.coefficient.value, "health": dict(health.seen)})
+    def watch(account: Account) -> None:
+        run.append("rollouts.jsonl", {**told_of(account), "health": dict(history.health.seen)})
+        for warning in account.warnings:
+            console.print(f"[yellow]rollout {account.number}: {warning}[/yellow]")
+        budget = history.budget
+        if budget and budget.is_spent:
+            console.print(f"KL is {budget.spent:.1f} nats an answer: the --kl-budget {budget.limit:g} is spent")
+        elif budget and budget.should_warn:
+            console.print(f"KL is {budget.spent:.1f} of the {budget.limit:g} nats of --kl-budget")
 
     return watch
+
+
+def told_of(account: Account) -> dict[str, Any]:
+    """The figures of a rollout and the answers to its first prompt, for rollouts.jsonl."""
+    rollouts, scored = account.rollouts, account.scored
+    scores = rollouts.scores[rollouts.valid]
+    answers = []
+    for i in range(scored.samples.n):
+        parts = {name: values[i] for name, values in scored.parts.items()}
+        answer = {"text": scored.samples.texts[i], "reward": scored.rewards[i]}
+        answers.append({**answer, **({"parts": parts} if parts else {})})
+    return {
+        "rollout": account.number,
+        "reward": scores.mean().item(),
+        "reward_std": scores.std().item(),
+        "kl": rollouts.mean_kl,
+        "kl_coefficient": account.kl_coefficient,
+        "explained_variance": account.explained_variance,
+        "seconds": dict(account.seconds),
+        "prompt": scored.samples.prompts[0].text,
+        "answers": answers,
+    }
 
 
 EVALUATION_ANSWERS = 2
 
 
 def evaluation(
-    run: Run, policy: Policy, reference: FrozenPolicy, reward: Reward, prompts: Sequence[Prompt], config: Rl
+    run: Run, stages: Stages, policy: Policy, reference: FrozenPolicy, prompts: Sequence[Prompt], config: Rl
 ) -> Callable[[int], Mapping[str, float]]:
-    """Reward, exact KL and length on held-out prompts; the best policy so far by reward is kept as checkpoints/best."""
+    """Reward, exact KL and length on held-out prompts, always by the same uniform numbers.
+
+    With --eval-every, the policy with the best reward so far is kept as checkpoints/best.
+    """
     from trimtab.evals.drift import drift
     from trimtab.evals.intervals import bootstrap_mean
     from trimtab.progress import console
+    from trimtab.rollouts import score
     from trimtab.sampling import sample
 
-    best = float("-inf")
+    best = -math.inf
 
     def evaluate(step: int) -> Mapping[str, float]:
         nonlocal best
-        samples = sample(
-            policy,
-            prompts,
-            EVALUATION_ANSWERS,
-            seed=config.run.seed,
-            max_new_tokens=config.sampling.max_new_tokens,
-            batch_rows=config.sampling.batch_rows,
-        )
-        mean = bootstrap_mean(prompt_means(reward(samples.row_prompts, samples.answers), samples.n), config.run.seed)
-        moved = drift(policy, reference, samples)
+        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
+        mean = bootstrap_mean(prompt_means(score(stages.reward, samples).rewards, samples.n), config.run.seed)
+        moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
         figures = {"reward": mean.value, "reward_low": mean.low, "reward_high": mean.high}
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if step and mean.value > best:
-            policy.save(run.directory / "checkpoints" / "best")
-        best = max(best, mean.value)
+        if step and config.run.eval_every and mean.value > best:
+            best = mean.value
+            run.checkpoint(policy.save, "best")
         return figures
 
     return evaluate
