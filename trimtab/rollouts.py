@@ -7,6 +7,7 @@ as the last step left it; never prefetch it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +176,7 @@ def roll_out(
     rewards = token_rewards(rollouts, algorithm, price, history.moments)
     foreseen = foresight(batch, rewards, algorithm) if stages.critic else math.nan
     times.append(time.perf_counter())
-    seconds = (end - begin for begin, end in zip(times, times[1:], strict=False))
+    seconds = (end - begin for begin, end in itertools.pairwise(times))
     history.update(rollouts)
     return Account(
         number=history.rollouts,
@@ -190,7 +191,7 @@ def roll_out(
 
 
 def minibatches(batch: PolicyBatch, count: int, *, seed: int) -> Iterator[PolicyBatch]:
-    """The batch in `count` parts of whole groups, shuffled; in one part as it is. Parts without a score are left out."""
+    """The batch in `count` parts of whole groups, shuffled; in one part as it is. A part without a score is left out."""
     if count == 1:
         yield batch
         return
@@ -246,8 +247,8 @@ def with_cut_score(scores: PerSequence, finished: Bool[Tensor, " B"], algorithm:
 def refer(scored: Scored, baseline: PerSequence, stages: Stages, algorithm: Algorithm) -> Rollouts:
     """The answers as tensors, with log-probabilities under the reference and KL by the algorithm's estimator.
 
-    Where an answer serves one update only, the policy's own log-probabilities are those of sampling: the update computes
-    them anyway.
+    Where an answer serves one update only, the policy's own log-probabilities are those of sampling: the update
+    computes them anyway.
     """
     samples, run = scored.samples, partial(in_chunks, max_rows=stages.max_rows)
     tokens, sampled = samples.tokens, samples.sampled_logprobs

@@ -133,7 +133,7 @@ class Run:
         return figures
 
     def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
-        """A checkpoint, in the place of an earlier one of that name. It is written aside, so that it is always whole."""
+        """A checkpoint, in the place of an earlier one of that name; written aside, so that it is always whole."""
         final = self.directory / "checkpoints" / name
         aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
         shutil.rmtree(aside, ignore_errors=True)

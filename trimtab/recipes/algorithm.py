@@ -195,9 +195,8 @@ def check_critic(name: str, options: CriticOptions, row: Algorithm, steps: int) 
     if not 0 <= options.critic_lr < math.inf:
         raise ValueError(f"--critic-lr {options.critic_lr}: a number that is not negative is needed.")
     if not 0 <= options.critic_warmup < steps:
-        raise ValueError(
-            f"--critic-warmup {options.critic_warmup}: there are --steps {steps}, and the policy needs one."
-        )
+        told = f"--critic-warmup {options.critic_warmup} of --steps {steps}"
+        raise ValueError(f"{told}: a number from 0 that leaves the policy a step is needed.")
 
 
 FREE_SAMPLING = {"max_new_tokens", "temperature", "batch_rows", "stop"}
@@ -216,9 +215,7 @@ def check_sampling(options: SamplingOptions) -> None:
             flag = entry.name.replace("_", "-")
             raise ValueError(f"--{flag} {value}: online RL learns from the policy's own distribution; leave it out.")
     if not 0 < options.temperature < math.inf:
-        raise ValueError(
-            f"--temperature {options.temperature}: online RL needs a number above 0, or nothing is explored."
-        )
+        raise ValueError(f"--temperature {options.temperature}: online RL explores, and needs a number above 0.")
     for flag, value in {"--max-new-tokens": options.max_new_tokens, "--batch-rows": options.batch_rows}.items():
         if value < 1:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")

@@ -60,12 +60,12 @@ class Rl:
     data: DataOptions
     run: RunOptions
     reward: RewardChoice
-    algorithm: AlgorithmOptions = AlgorithmOptions()
+    algorithm: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     lora: LoraOptions = LoraOptions()
     sampling: SamplingOptions = SamplingOptions()
     steps: OnlineStepOptions = field(default_factory=OnlineStepOptions)
-    kl: KlOptions = KlOptions()
-    critic: CriticOptions = CriticOptions()
+    kl: KlOptions = field(default_factory=KlOptions)
+    critic: CriticOptions = field(default_factory=CriticOptions)
     ptx: PtxOptions = PtxOptions()
 
 
@@ -271,7 +271,7 @@ def learning(
     algorithm: Algorithm,
     config: Rl,
 ) -> tuple[Any, Iterator[PolicyBatch | MixedBatch]]:
-    """The learner, and the batches as it takes them: with demonstrations if there are any, the critic alone at first."""
+    """The learner, and the batches as it takes them: with demonstrations, and at first for the critic alone."""
     from trimtab.critic import ActorCritic
     from trimtab.objectives import MixedObjective
     from trimtab.recipes import training
@@ -354,7 +354,7 @@ def told_of(account: Account) -> dict[str, Any]:
     return {
         "rollout": account.number,
         "reward": scores.mean().item(),
-        "reward_std": scores.std().item(),
+        "reward_std": scores.std(correction=0).item(),
         "kl": rollouts.mean_kl,
         "kl_coefficient": account.kl_coefficient,
         "explained_variance": account.explained_variance,
