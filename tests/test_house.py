@@ -20,8 +20,8 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("memory", "reference_cache", "references", "rollouts", "objectives", "learner", "checkpoint", "parallel"),
-        *("run",),
+        *("memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
+        *("checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
@@ -261,13 +261,17 @@ def test_every_registered_name_has_a_page():
     assert not silent, f"no page of docs/methods says {sorted(silent)} (in backticks)"
 
 
+LOGGING = ("objectives.py", "learner.py", "run.py", "losses/policy.py", "recipes/training.py", "recipes/rl.py")
+FIGURES = ("Metrics", "dict[str, float]", "dict[str, Mean]", "Mapping[str, float]")
+
+
 def logged_names() -> set[str]:
     """Keys of the dicts written in functions that return metrics or log a step."""
     found = set()
-    for path in (PACKAGE / name for name in ("objectives.py", "learner.py", "run.py", "recipes/training.py")):
+    for path in (PACKAGE / name for name in LOGGING):
         for function in functions(path):
             returned = ast.unparse(function.returns) if function.returns else ""
-            if function.name == "_log_step" or "Metrics" in returned or "dict[str, float]" in returned:
+            if function.name == "_log_step" or any(kind in returned for kind in FIGURES):
                 found |= _dict_keys(function)
     return found
 

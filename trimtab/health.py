@@ -51,7 +51,7 @@ class Health:
 
     def _kl_sign(self, kl: float) -> dict[str, str]:
         usual = self.usual_kl
-        self.usual_kl = kl if usual is None else 0.8 * usual + 0.2 * kl
+        self.usual_kl = kl if usual is None else (usual + kl) / 2
         if usual is None or kl <= max(RUNAWAY * usual, SMALL_KL):
             return {}
         return {"kl_runs_away": f"KL jumped from about {max(usual, 0):.1f} to {kl:.1f} nats an answer"}

@@ -191,7 +191,7 @@ def roll_out(
 
 
 def minibatches(batch: PolicyBatch, count: int, *, seed: int) -> Iterator[PolicyBatch]:
-    """The batch in `count` parts of whole groups, shuffled; in one part as it is. A part without a score is left out."""
+    """The batch in `count` parts of whole groups, shuffled, without parts that have no score; in one part as it is."""
     if count == 1:
         yield batch
         return

@@ -294,7 +294,7 @@ class Decoding:
 
 
 def next_logprobs(policy: Policy, ids: Tensor, mask: Tensor, cache: Cache) -> Float[Tensor, "B V"]:
-    """The log-probabilities of every token after the last of `ids`, float32, as `Policy.logprobs` makes them at temperature 1.
+    """The log-probabilities of every token after the last of `ids`, float32, at temperature 1.
 
     `mask` covers what the cache holds and then `ids`; padding is on the left.
     """
