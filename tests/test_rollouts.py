@@ -18,7 +18,7 @@ from tests.bigram import Bigram
 from trimtab.algorithms import ALGORITHMS, Algorithm
 from trimtab.batches import PolicyBatch, Tokens
 from trimtab.builtin import tiny_policy
-from trimtab.critic import ActorCritic, values_before
+from trimtab.critic import PolicyWithCritic, values_before
 from trimtab.health import Health
 from trimtab.kl import AdaptiveCoefficient, FixedCoefficient, KlBudget
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -235,7 +235,7 @@ def test_a_value_is_read_before_its_token(side: str) -> None:
 
 
 def learner_of(model: Any, row: Algorithm, lr: float = 1e-3, critic_lr: float = 1e-2, **options: Any) -> Learner:
-    others = [(model.critic.trainable_parameters(), critic_lr)] if isinstance(model, ActorCritic) else []
+    others = [(model.critic.trainable_parameters(), critic_lr)] if isinstance(model, PolicyWithCritic) else []
     optimizer = make_optimizer(model.trainable_parameters(), lr=lr, weight_decay=0.0, others=others)
     schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
     return Learner(model, objective_of(row, max_new_tokens=8), optimizer, schedule, micro_batch_rows=8, **options)
@@ -269,7 +269,7 @@ def test_the_first_step_finds_kl_0_and_ratio_1(name: str, lora_rank: int, temper
     policy, row = tiny_policy(lora_rank=lora_rank), ALGORITHMS[name]
     policy.module.temperature = temperature
     critic = scalar() if row.critic else None
-    learner = learner_of(ActorCritic(policy, critic) if critic else policy, row)
+    learner = learner_of(PolicyWithCritic(policy, critic) if critic else policy, row)
     told: list[Account] = []
     batches = batches_of(real_stages(policy, critic, LENGTH), row, watch=told.append)
     first = learner.step(next(batches))
@@ -357,7 +357,7 @@ def test_a_minibatch_without_any_score_is_left_out() -> None:
 def test_only_the_critic_learns_at_first(lora_rank: int) -> None:
     row = replace(ALGORITHMS["ppo"], epochs=1)
     policy, critic = tiny_policy(lora_rank=lora_rank), scalar()
-    learner = learner_of(ActorCritic(policy, critic), row)
+    learner = learner_of(PolicyWithCritic(policy, critic), row)
     for group in learner.optimizer.param_groups:
         group["weight_decay"] = 0.1
     weights = policy.trainable_parameters()
