@@ -165,6 +165,37 @@ def test_scores_are_shaped_by_their_history_before_they_are_credited() -> None:
     assert roll(samples, LENGTH, row, critic=zeros).batch.advantages.sum(-1).tolist() == [-0.5, 0.5]
 
 
+def test_groups_compare_shaped_scores() -> None:
+    samples = answered([[1, 2, 3], [1, END]], [False, True], n=2)
+    row = replace(ALGORITHMS["rloo"], kl_coefficient=0.0, unfinished_score=-1.0, score_arguments=("clip=2",))
+    batch = roll(samples, LENGTH, row).batch
+    assert batch.advantages[:, 2].tolist() == [-1.0 - 2.0, 2.0 + 1.0] and batch.scores.tolist() == [5.0, 3.0]
+
+
+def test_answers_that_are_used_again_have_the_log_probabilities_of_training() -> None:
+    samples = answered([[1, 2, END], [3, END]], [True, True], n=2)
+
+    def otherwise(tokens: Tokens) -> Tensor:
+        return torch.where(tokens.response_mask, -1.5, 0.0)
+
+    mask = samples.tokens.response_mask
+    for name, expected in {"ppo": -1.5, "rloo": -1.0}.items():
+        found = roll(samples, LENGTH, ALGORITHMS[name], policy=otherwise, critic=zeros if name == "ppo" else None)
+        assert torch.equal(found.batch.old_logprobs, torch.where(mask, expected, 0))
+        assert torch.equal(found.batch.sampled_logprobs, samples.sampled_logprobs)
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_the_gap_is_between_training_and_sampling_of_the_policy_that_drew(name: str) -> None:
+    objective, batch = objective_of(ALGORITHMS[name], max_new_tokens=5), bigram.drawn()
+    policy = Bigram(1)
+    with torch.no_grad():
+        _, metrics = objective.loss(objective.outputs(policy, batch), batch)
+        old = policy.logprobs(batch.tokens) if name == "rloo" else batch.old_logprobs
+    expected = (old - batch.sampled_logprobs)[batch.mask].abs().mean().item()
+    assert metrics["logprob_gap"].item() == pytest.approx(expected) and expected > 0.1
+
+
 def only(*kept: int) -> RuleReward:
     """A reward that counts characters, of the answers at some places of its calls; None for the others."""
     asked: list[int] = []
