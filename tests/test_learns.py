@@ -230,7 +230,7 @@ def online(
         critic.scale_by(0.0)
     reference = policy.reference()
     stages = Stages(
-        draw=lambda some, n, *, step: sample(policy, some, n, max_new_tokens=3, seed=step),
+        draw=lambda prompts, n, *, step: sample(policy, prompts, n, max_new_tokens=3, seed=step),
         greedy=lambda some: sample(policy, some, max_new_tokens=3, temperature=0.0),
         reward=reward,
         reference=reference.logprobs,

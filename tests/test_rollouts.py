@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -251,7 +251,7 @@ def scalar(seed: int = 0) -> ScalarModel:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_value_is_read_before_its_token(side: str) -> None:
+def test_a_value_is_read_before_its_token(side: Literal["left", "right"]) -> None:
     critic = scalar()
     rows = [Row([1, 2, 3, 4, 5], [False, False, True, True, True]), Row([6, 7, 8], [False, True, True])]
     tokens = pad(rows, critic.pad_id, side=side)
