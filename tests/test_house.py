@@ -19,8 +19,8 @@ LAYERS = (
     {"records", "progress"},
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
-        *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
+        *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
+        *("judges", "memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
         *("checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},

@@ -192,6 +192,7 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
     A model that has no reward head gets one of zeros, so that at first nothing is expected of any answer.
     """
     from trimtab.models import load_scalar
+    from trimtab.recipes import training
     from trimtab.rewards import ModelReward
     from trimtab.weights import has_reward_head
 
@@ -213,7 +214,7 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
         raise ValueError(f"{told}. Give a --critic that reads the same tokens, such as {model.model}.")
     if new_head:
         critic.scale_by(0.0)
-    critic.body.arrangement = policy.body.arrangement and critic.body.arrangement
+    training.lay_out(critic, config)
     return critic
 
 
