@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trimtab.batches import DemonstrationBatch, FeedbackBatch, PairBatch, RankingBatch, Referenced, Tokens
+from trimtab.batches import (
+    DemonstrationBatch,
+    FeedbackBatch,
+    PairBatch,
+    PolicyBatch,
+    RankingBatch,
+    Referenced,
+    Tokens,
+)
 
 VOCABULARY = 6
 
@@ -48,6 +56,10 @@ class Bigram(nn.Module):
     def scores(self, tokens: Tokens) -> Tensor:
         return torch.where(tokens.response_mask, self.value[tokens.ids], 0).sum(-1)
 
+    def values(self, tokens: Tokens) -> Tensor:
+        """What is expected before each token, from the token in front of it."""
+        return torch.where(tokens.response_mask, self.value[tokens.ids.roll(1, dims=1)], 0)
+
 
 def random_tokens(rows: int, seed: int, longest: int = 7) -> Tokens:
     """Rows with prompts of 2 tokens and answers of 1 to `longest - 2`, right-padded."""
@@ -84,3 +96,35 @@ def feedback(seed: int = 0) -> Referenced[FeedbackBatch]:
     batch = FeedbackBatch(tokens, torch.tensor([True, False, True, True, False, True, False, True]), uneven(8))
     with torch.no_grad():
         return Referenced(batch, Bigram(seed + 100).logprobs(tokens))
+
+
+def drawn(seed: int = 0, *, distance: float = 0.3) -> PolicyBatch:
+    """Eight groups of two answers, as a policy near `Bigram(1)` may have drawn and somebody credited them.
+
+    One answer has no score. `distance` is that of all other log-probabilities and values from those of `Bigram(1)`.
+    """
+    tokens = random_tokens(16, seed)
+    mask, generator = tokens.response_mask, torch.Generator().manual_seed(seed + 1)
+
+    def near(values: Tensor) -> Tensor:
+        noise = distance * torch.randn(mask.shape, generator=generator)
+        return torch.where(mask, values + noise, 0)
+
+    policy = Bigram(1)
+    with torch.no_grad():
+        logprobs, values = policy.logprobs(tokens), policy.values(tokens)
+    weights = torch.ones(16)
+    weights[5] = 0
+    return PolicyBatch(
+        tokens=tokens,
+        sampled_logprobs=near(logprobs),
+        old_logprobs=near(logprobs),
+        ref_logprobs=near(logprobs),
+        advantages=near(torch.randn(16, 1, generator=generator)),
+        returns=near(values),
+        old_values=near(values),
+        scores=torch.randn(16, generator=generator),
+        weights=weights,
+        finished=torch.arange(16) % 3 > 0,
+        group_size=2,
+    )

@@ -86,7 +86,7 @@ def described(command: str) -> set[str]:
     """The flags that the page gives a command: those of its section, and for training those that all share."""
     by_heading = sections()
     shared = by_heading["Flags of all training commands"] if command in {"sft", "reward", "dpo", "kto"} else ""
-    own = [text for heading, text in by_heading.items() if command in heading.split(" and ")]
+    own = [text for heading, text in by_heading.items() if command in re.split(", | and ", heading)]
     assert len(own) == 1, f"docs/command_line.md needs one section about {command}"
     return shown_flags(shared + own[0])
 

@@ -17,11 +17,11 @@ PACKAGE = ROOT / "trimtab"
 # A room (a module or package of trimtab) may import its own layer and those above it in this table.
 LAYERS = (
     {"records", "progress"},
-    {"batches", "precision", "layout", "kl", "losses", "advantages"},
+    {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
-        *("judges", "memory", "reference_cache", "references", "rollouts", "objectives", "learner", "checkpoint"),
-        *("parallel", "run", "draws", "decoders", "llama", "key_values", "packing"),
+        *("judges", "memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
+        *("checkpoint", "parallel", "run", "draws", "decoders", "llama", "key_values", "packing"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
@@ -39,6 +39,7 @@ LIBRARIES = {
     "kl": {"torch", "jaxtyping"},
     "losses": {"torch", "jaxtyping"},
     "advantages": {"torch", "jaxtyping"},
+    "algorithms": set(),
 }
 
 HEAVY = {"torch", "transformers", "peft", "datasets"}
@@ -238,13 +239,20 @@ def test_every_module_says_what_lives_there():
 
 def registered() -> set[str]:
     """The names of every registry."""
+    from trimtab.advantages import ADVANTAGES, SCORE_SHAPES
+    from trimtab.algorithms import ALGORITHMS
+    from trimtab.kl import KL_ESTIMATORS, KL_LOSSES
+    from trimtab.losses.policy import POLICY_LOSSES
     from trimtab.losses.preference import PREFERENCE_LOSSES
     from trimtab.losses.reward import REWARD_LOSSES
     from trimtab.losses.unpaired import UNPAIRED_LOSSES
+    from trimtab.losses.value import VALUE_LOSSES
     from trimtab.rewards import ENSEMBLES, RULES
 
+    offline = {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES}
+    online = {*ALGORITHMS, *ADVANTAGES, *SCORE_SHAPES, *POLICY_LOSSES, *VALUE_LOSSES, *KL_ESTIMATORS, *KL_LOSSES}
     ensembles = {f"ensemble:{name}(R1,R2,...)" for name in ENSEMBLES}
-    return {*PREFERENCE_LOSSES, *UNPAIRED_LOSSES, *REWARD_LOSSES, *RULES, *ensembles}
+    return offline | online | {*RULES, *ensembles}
 
 
 def test_every_registered_name_has_a_page():
@@ -253,13 +261,17 @@ def test_every_registered_name_has_a_page():
     assert not silent, f"no page of docs/methods says {sorted(silent)} (in backticks)"
 
 
+LOGGING = ("objectives.py", "learner.py", "run.py", "losses/policy.py", "recipes/training.py", "recipes/rl.py")
+FIGURES = ("Metrics", "dict[str, float]", "dict[str, Mean]", "Mapping[str, float]")
+
+
 def logged_names() -> set[str]:
     """Keys of the dicts written in functions that return metrics or log a step."""
     found = set()
-    for path in (PACKAGE / name for name in ("objectives.py", "learner.py", "run.py", "recipes/training.py")):
+    for path in (PACKAGE / name for name in LOGGING):
         for function in functions(path):
             returned = ast.unparse(function.returns) if function.returns else ""
-            if function.name == "_log_step" or "Metrics" in returned or "dict[str, float]" in returned:
+            if function.name == "_log_step" or any(kind in returned for kind in FIGURES):
                 found |= _dict_keys(function)
     return found
 

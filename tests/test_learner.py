@@ -7,6 +7,7 @@ import torch
 
 from tests import bigram
 from tests.bigram import Bigram
+from trimtab.algorithms import ALGORITHMS
 from trimtab.batches import Mean
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import combine
@@ -16,10 +17,15 @@ from trimtab.losses.unpaired import UNPAIRED_LOSSES
 from trimtab.objectives import (
     DemonstrationObjective,
     FeedbackObjective,
+    MixedObjective,
     PreferenceObjective,
     RankingObjective,
     RewardObjective,
+    mixed,
 )
+from trimtab.recipes.algorithm import objective_of
+
+PPO = objective_of(ALGORITHMS["ppo"], max_new_tokens=5)
 
 CASES: dict[str, tuple[Any, Any]] = {
     "sft": (DemonstrationObjective(), bigram.demonstrations()),
@@ -33,6 +39,8 @@ CASES: dict[str, tuple[Any, Any]] = {
         for name in REWARD_LOSSES
     },
     **{name: (RankingObjective(combine(RANKING_LOSSES, name)), bigram.rankings()) for name in RANKING_LOSSES},
+    **{f"rl {name}": (objective_of(row, max_new_tokens=5), bigram.drawn()) for name, row in ALGORITHMS.items()},
+    "rl with demonstrations": (MixedObjective(PPO), mixed(bigram.drawn(), bigram.demonstrations(), PPO, 0.7)),
 }
 
 
@@ -142,3 +150,32 @@ def test_a_planted_preference_is_learned_and_a_step_moves_against_the_loss() -> 
     for _ in range(60):
         last = learner.step(batch)
     assert last["loss"] < first / 2
+
+
+def gradients(objective: Any, batch: Any) -> torch.Tensor:
+    learner = make_learner(objective, 1000)
+    learner.step(batch)
+    return torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_demonstrations_add_their_gradient_times_the_coefficient(name: str) -> None:
+    objective = objective_of(ALGORITHMS[name], max_new_tokens=5)
+    answers, shown = bigram.drawn(), bigram.demonstrations(seed=3)
+    found = gradients(MixedObjective(objective), mixed(answers, shown, objective, 0.7))
+    alone, imitation = gradients(objective, answers), gradients(DemonstrationObjective(), shown)
+    logits = len(Bigram().logits.flatten())
+    expected = alone.clone()
+    expected[:logits] += 0.7 * imitation[:logits]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_critic_does_not_decide_how_far_the_policy_may_go() -> None:
+    """Each network's gradient is clipped by its own norm."""
+    policy, critic = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    optimizer = make_optimizer([policy], lr=1.0, weight_decay=0.0, others=[([critic], 0.5)])
+    schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
+    learner = Learner(None, DemonstrationObjective(), optimizer, schedule, 1, max_grad_norm=1.0)
+    policy.grad, critic.grad = torch.full((2, 2), 0.25), torch.full((2, 2), 1000.0)
+    assert learner._clip().item() == pytest.approx((0.5**2 + 2000**2) ** 0.5)
+    assert policy.grad.norm().item() == pytest.approx(0.5) and critic.grad.norm().item() == pytest.approx(1, rel=1e-4)

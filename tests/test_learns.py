@@ -3,20 +3,25 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from trimtab.algorithms import ALGORITHMS, Algorithm
 from trimtab.batches import Referenced, move
 from trimtab.builtin import tiny_policy
+from trimtab.critic import PolicyWithCritic, values_before
+from trimtab.kl import AdaptiveCoefficient, FixedCoefficient
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import combine
 from trimtab.losses.preference import ALL_LOSSES, REFERENCE_FREE
 from trimtab.losses.reward import RANKING_LOSSES, REWARD_LOSSES
 from trimtab.losses.unpaired import UNPAIRED_LOSSES
-from trimtab.models import Policy, load_scalar
+from trimtab.models import Policy, load_scalar, make_scalar
 from trimtab.objectives import (
     DemonstrationObjective,
     FeedbackObjective,
@@ -24,7 +29,10 @@ from trimtab.objectives import (
     RankingObjective,
     RewardObjective,
 )
+from trimtab.recipes.algorithm import objective_of
 from trimtab.records import Demonstration, Feedback, Preference, Prompt, Ranking
+from trimtab.rewards import RuleReward
+from trimtab.rollouts import Account, History, Stages, policy_batches
 from trimtab.sampling import sample
 from trimtab.tokens import (
     demonstration_batch,
@@ -35,6 +43,7 @@ from trimtab.tokens import (
     pair_batch,
     ranking_batch,
 )
+from trimtab.weights import classifier_from
 
 ARMS = "abcd"
 PULL = Prompt.from_user("Pull one: a, b, c or d?")
@@ -180,3 +189,100 @@ def test_sft_repeats_three_sentences_and_stops() -> None:
     samples = sample(policy, [record.prompt for record in records], 1, max_new_tokens=40, temperature=0.0)
     assert samples.texts == list(wanted.values())
     assert bool(samples.finished.all())
+
+
+# ---- Online RL
+
+WORTH = {"a": 3.0, "b": 2.0, "c": 1.0}
+ARM_REWARD = RuleReward("arms", lambda prompt, answer: WORTH.get(answer.text, 0.0))
+
+
+def expected_worth(policy: Policy) -> float:
+    """The expected reward of an answer to `PULL`, exactly: whatever is no arm is worth nothing."""
+    return sum(WORTH.get(arm, 0.0) * chance for arm, chance in arm_probabilities(policy).items())
+
+
+@dataclass
+class Online:
+    """Online RL on a policy: a learner, its lazy batches, and the accounts of all rollouts."""
+
+    learner: Learner
+    batches: Iterator[Any]
+    told: list[Account]
+
+
+def online(
+    policy: Policy,
+    row: Algorithm,
+    reward: RuleReward,
+    prompts: Sequence[Prompt],
+    history: History | None = None,
+    *,
+    lr: float = 1e-3,
+    group_size: int = 4,
+    critic_lr: float = 1e-2,
+) -> Online:
+    """What a recipe wires, by hand, on the tiny model."""
+    critic = None
+    if row.critic:
+        network = classifier_from(tiny_policy(0).model, seed=0)
+        critic = make_scalar(network, policy.tokenizer, dtype="float32", device="cpu")
+        critic.scale_by(0.0)
+    reference = policy.reference()
+    stages = Stages(
+        draw=lambda prompts, n, *, step: sample(policy, prompts, n, max_new_tokens=3, seed=step),
+        greedy=lambda some: sample(policy, some, max_new_tokens=3, temperature=0.0),
+        reward=reward,
+        reference=reference.logprobs,
+        policy=policy.logprobs,
+        critic=partial(values_before, critic) if critic else None,
+        max_rows=64,
+    )
+    told: list[Account] = []
+    history = history or History(FixedCoefficient(row.kl_coefficient))
+    asked = itertools.repeat(prompts)
+    batches = policy_batches(asked, stages, row, history, group_size=group_size, seed=0, watch=told.append)
+    others = [(critic.trainable_parameters(), critic_lr)] if critic else []
+    optimizer = make_optimizer(policy.trainable_parameters(), lr=lr, weight_decay=0.0, others=others)
+    schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
+    model = PolicyWithCritic(policy, critic) if critic else policy
+    learner = Learner(model, objective_of(row, max_new_tokens=3), optimizer, schedule, micro_batch_rows=64)
+    return Online(learner, batches, told)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_online_algorithms_solve_a_bandit(name: str, bandit: Policy) -> None:
+    row = ALGORITHMS[name]
+    run = online(bandit, row, ARM_REWARD, [PULL] * 16)
+    before = expected_worth(bandit)
+    for batch in itertools.islice(run.batches, 24):
+        run.learner.step(batch)
+    assert expected_worth(bandit) > before + 0.7
+    assert run.told[-1].rollouts.scores.mean() > run.told[0].rollouts.scores.mean()
+
+
+def test_a_critic_learns_to_foresee_the_reward(bandit: Policy) -> None:
+    """What an answer is worth depends on the prompt more than on the arm; the critic can read both."""
+    questions = {Prompt.from_user(f"Pull {n}"): 4.0 * n for n in range(4)}
+    reward = RuleReward("prompts", lambda prompt, answer: questions[prompt] + WORTH.get(answer.text, 0.0))
+    run = online(bandit, ALGORITHMS["ppo"], reward, list(questions), lr=1e-4)
+    for batch in itertools.islice(run.batches, 100):
+        figures = run.learner.step(batch)
+    foreseen = [account.explained_variance for account in run.told]
+    assert foreseen[0] == pytest.approx(0, abs=1e-6), "a head of zeros foresees nothing"
+    assert min(foreseen[-5:]) > 0.5
+    assert figures["value_loss"] < 2
+
+
+def test_an_adaptive_price_holds_kl_at_its_target(bandit: Policy) -> None:
+    """Ziegler's controller, in a run so short that its horizon has to be short as well."""
+    row = replace(ALGORITHMS["rloo"], kl_coefficient=0.5)
+    target = 0.5
+    history = History(AdaptiveCoefficient(0.5, target=target, horizon=200))
+    run = online(bandit, row, ARM_REWARD, [PULL] * 8, history, lr=3e-4)
+    for batch in itertools.islice(run.batches, 160):
+        run.learner.step(batch)
+    kl = [account.rollouts.mean_kl for account in run.told]
+    last = kl[-40:]
+    assert sum(last) / len(last) == pytest.approx(target, rel=0.15)
+    assert history.coefficient.value != 0.5

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trimtab import precision
 from trimtab.batches import Tokens
-from trimtab.bodies import predicting
+from trimtab.bodies import predicting, run_rows
 from trimtab.builtin import byte_tokenizer, tiny, tiny_policy
 from trimtab.models import (
     Policy,
@@ -105,8 +105,9 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", HEADS)
-def test_projection_value_and_gradient_equal_a_literal_float64_version(kind: str) -> None:
+def test_projection_value_and_gradient_equal_a_literal_float64_version(kind: str, temperature: float) -> None:
     scale, cap, has_bias = HEADS[kind]
     torch.manual_seed(0)
     count = CHUNK_ROWS + 3
@@ -116,8 +117,8 @@ def test_projection_value_and_gradient_equal_a_literal_float64_version(kind: str
     targets, pull = torch.randint(11, (count,)), torch.randn(count, dtype=torch.float64)
     logits = states @ weight.T * scale if bias is None else (states @ weight.T + bias) * scale
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    expected = logits.log_softmax(-1)[torch.arange(count), targets]
-    found = logprobs_of(Head(weight, bias, scale, cap), states, targets, fast=False)
+    expected = (logits / temperature).log_softmax(-1)[torch.arange(count), targets]
+    found = logprobs_of(Head(weight, bias, scale, cap).tempered(temperature), states, targets, fast=False)
     leaves = [leaf for leaf in (states, weight, bias) if leaf is not None]
     assert torch.allclose(found, expected, atol=1e-12)
     for ours, theirs in zip(
@@ -312,6 +313,32 @@ def test_statistics_equal_the_full_distributions() -> None:
     assert found.logprobs.requires_grad
     assert not found.entropy.requires_grad
     assert (found.entropy[~at] == 0).all()
+
+
+# ---- Temperature
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+@pytest.mark.parametrize("projects", [True, False])
+def test_log_probabilities_at_a_temperature_are_of_logits_divided_by_it(lora_rank: int, projects: bool) -> None:
+    policy, tokens = tiny_policy(lora_rank=lora_rank), random_tokens()
+    plain = policy.logprobs(tokens).detach()
+    policy.module.projects = projects
+    nudge(policy.trainable_parameters())
+    policy.module.temperature = 0.6
+    found, reference = policy.logprobs(tokens), policy.reference()
+    whole = policy.log_distributions(policy.states(tokens)).detach()
+    logits = run_rows(policy.model, tokens).logits[predicting(tokens)].double() / 0.6
+    torch.testing.assert_close(whole.double(), logits.log_softmax(-1), atol=1e-5, rtol=0)
+    picked = logits.log_softmax(-1).gather(1, tokens.ids[tokens.response_mask][:, None])[:, 0]
+    torch.testing.assert_close(found[tokens.response_mask].double(), picked, atol=1e-5, rtol=0)
+    assert policy.statistics(tokens).logprobs[tokens.response_mask].tolist() == pytest.approx(picked.tolist(), abs=1e-5)
+    start = reference.logprobs(tokens)
+    if lora_rank:  # the base, at the same temperature
+        assert not torch.allclose(start, plain, atol=0.1) and not torch.allclose(start, found, atol=0.1)
+    else:
+        torch.testing.assert_close(start, found, atol=1e-5, rtol=0)
+        assert policy.kl(tokens, reference).abs().max() < 1e-6
 
 
 # ---- References

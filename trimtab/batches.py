@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ PerSequence = Float[Tensor, " B"]
 PerPair = Float[Tensor, " P"]
 Ids = Int[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
+Average = Literal["sequences", "tokens", "constant", "sums"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,29 @@ class Mean:
         # where() rather than a product: a masked-out value may be infinite, and 0 * inf is not a number.
         weights = weights.to(values.dtype)
         return cls(torch.where(weights != 0, values * weights, 0).sum(), weights.sum())
+
+
+def mean_over(kind: Average, losses: PerToken, mask: Mask, *, length: float) -> Mean:
+    """Per-token losses as one `Mean`; the four ways give tokens of long and short answers different weights.
+
+    - `sequences`: the mean over an answer's tokens, then over answers (GRPO); a token of a long answer counts less
+    - `tokens`: over all tokens of the batch (PPO, DAPO); every token counts the same, a long answer more
+    - `constant`: an answer's sum over `length` tokens, which nothing else reads, then over answers (Dr. GRPO)
+    - `sums`: an answer's sum, then over answers (REINFORCE, RLOO): with the advantage of the answer at every token,
+      the policy gradient itself. `constant` is that by another scale, the first two are not for answers of unequal
+      lengths.
+
+    Micro-batches add to the same mean. Rows with an empty mask do not count; nothing outside the mask is read.
+    """
+    losses, lengths = torch.where(mask, losses, 0), mask.sum(-1)
+    rows = (lengths > 0).sum().to(losses.dtype)
+    totals = {
+        "sequences": lambda: Mean((losses.sum(-1) / lengths.clamp(min=1)).sum(), rows),
+        "tokens": lambda: Mean(losses.sum(), lengths.sum().to(losses.dtype)),
+        "constant": lambda: Mean(losses.sum(), rows * length),
+        "sums": lambda: Mean(losses.sum(), rows),
+    }
+    return totals[kind]()
 
 
 def move(batch: Any, device: torch.device | str) -> Any:
@@ -206,6 +230,126 @@ class FeedbackBatch:
     def select(self, items: Tensor) -> FeedbackBatch:
         rows = rows_of(items, self.item_rows())
         return FeedbackBatch(self.tokens.select(rows), self.desirable[items], self.weights[items])
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Answers that the policy drew, with what is needed to credit them. The answers to a prompt are neighbours.
+
+    Log-probabilities of the drawn tokens: `sampled_logprobs` as sampling computed them, `logprobs` under the same
+    policy as training computes them (or the same again, where one update makes that needless), `ref_logprobs` under the
+    reference. `kl` is what each token's distance from the reference is taken to be (see `trimtab.kl`). All in nats, and
+    zero outside the answers. `valid` is false for an answer that no reward could be given; its score is 0 and means
+    nothing. `baseline` is what was expected of an answer before it was drawn.
+    """
+
+    tokens: Tokens
+    sampled_logprobs: PerToken
+    logprobs: PerToken
+    ref_logprobs: PerToken
+    kl: PerToken
+    scores: PerSequence
+    baseline: PerSequence
+    valid: Bool[Tensor, " B"]
+    finished: Bool[Tensor, " B"]
+    group_size: int
+
+    @property
+    def mask(self) -> Mask:
+        """The tokens that count: those of answers that have a score."""
+        return self.tokens.response_mask & self.valid[:, None]
+
+    @property
+    def mean_kl(self) -> float:
+        """The mean log-ratio of an answer to the reference, nats: an unbiased estimate of KL(policy || reference)."""
+        ratio = torch.where(self.mask, self.logprobs - self.ref_logprobs, 0).sum()
+        return (ratio / self.valid.sum().clamp(min=1)).item()
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """Answers that the policy drew, credited. An item is a group: the `group_size` answers to one prompt.
+
+    `sampled_logprobs` and `old_logprobs` are the `sampled_logprobs` and `logprobs` of `Rollouts`. `old_values` are what
+    the critic expected before each token (zeros without a critic) and `returns` what it should have. Rows whose
+    `weights` are 0 count for nothing.
+    """
+
+    tokens: Tokens
+    sampled_logprobs: PerToken
+    old_logprobs: PerToken
+    ref_logprobs: PerToken
+    advantages: PerToken
+    returns: PerToken
+    old_values: PerToken
+    scores: PerSequence
+    weights: PerSequence
+    finished: Bool[Tensor, " B"]
+    group_size: int
+
+    @property
+    def mask(self) -> Mask:
+        """The tokens that count."""
+        return self.tokens.response_mask & (self.weights != 0)[:, None]
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens) // self.group_size
+
+    def item_rows(self) -> Tensor:
+        return torch.full((self.size,), self.group_size)
+
+    def select(self, items: Tensor) -> PolicyBatch:
+        rows = rows_of(items, self.item_rows())
+        columns = self.tokens.used_columns(rows)
+        per_token = ("sampled_logprobs", "old_logprobs", "ref_logprobs", "advantages", "returns", "old_values")
+        per_row = ("scores", "weights", "finished")
+        return replace(
+            self,
+            tokens=self.tokens.select(rows),
+            **{name: getattr(self, name)[rows][:, columns] for name in per_token},
+            **{name: getattr(self, name)[rows] for name in per_row},
+        )
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """Answers that the policy drew and, beside them, demonstrations to imitate: items are the groups, then those.
+
+    `weight` multiplies the summed loss of the demonstrations and makes their mean commensurate with that of the
+    answers. It comes from the counts of the whole batch, so micro-batches add up to the same gradient.
+    """
+
+    answers: PolicyBatch
+    demonstrations: DemonstrationBatch
+    weight: float
+
+    @property
+    def tokens(self) -> Tokens:
+        return stacked(self.answers.tokens, self.demonstrations.tokens)
+
+    @property
+    def size(self) -> int:
+        return self.answers.size + self.demonstrations.size
+
+    def item_rows(self) -> Tensor:
+        return torch.cat([self.answers.item_rows(), self.demonstrations.item_rows()])
+
+    def select(self, items: Tensor) -> MixedBatch:
+        groups = self.answers.size
+        drawn, shown = items[items < groups], items[items >= groups] - groups
+        return MixedBatch(self.answers.select(drawn), self.demonstrations.select(shown), self.weight)
+
+
+def stacked(first: Tokens, second: Tokens) -> Tokens:
+    """The rows of both, padded on the right to one width."""
+    width = max(first.ids.shape[1], second.ids.shape[1])
+
+    def both(name: str) -> Tensor:
+        parts = (getattr(tokens, name) for tokens in (first, second))
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts])
+
+    return Tokens(both("ids"), both("attention_mask"), both("response_mask"))
 
 
 B = TypeVar("B", DemonstrationBatch, PairBatch, RankingBatch, FeedbackBatch)

@@ -248,13 +248,16 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 class LanguageModel(nn.Module):
     """The thin module around a causal language model: its `forward` runs the body and projects what is asked for.
 
-    `projects` is false where the head is not known; then all logits are computed and most thrown away.
+    `projects` is false where the head is not known; then all logits are computed and most thrown away. `temperature`
+    divides the logits of all log-probabilities that are made here; what is drawn by `sample` has a temperature of its
+    own.
     """
 
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
         self.body = Body(network)
+        self.temperature = 1.0
         self.projects = False
         self.projects = head_of(network) is not None and self._head_agrees()
         if not self.projects:
@@ -263,24 +266,31 @@ class LanguageModel(nn.Module):
 
     @property
     def head(self) -> Head | None:
-        """How states become logits; None if states are logits."""
+        """How states become the model's own logits; None if states are logits."""
         return head_of(self.network) if self.projects else None
+
+    @property
+    def tempered_head(self) -> Head | None:
+        """How states become logits at the temperature."""
+        head = self.head
+        return head.tempered(self.temperature) if head and self.temperature != 1 else head
 
     def forward(self, tokens: Tokens, precision: Precision, *, whole: bool) -> Tensor | TokenStatistics:
         """Log-probabilities of the response tokens `[N]`, or their statistics if `whole`."""
         with precision.context(tokens.ids.device):
             states = self.states(tokens)
         statistic = statistics_of if whole else logprobs_of
-        return statistic(self.head, states, tokens.ids[tokens.response_mask], fast=precision.autocast is not None)
+        fast = precision.autocast is not None
+        return statistic(self.tempered_head, states, tokens.ids[tokens.response_mask], fast=fast)
 
     def states(self, tokens: Tokens) -> States:
-        """What predicts each response token, `[N, D]` in reading order: hidden states, or logits without a head."""
+        """What predicts each response token, `[N, D]` in reading order: hidden states, or without a head logits at the
+        temperature.
+        """
         rows, columns = predicting(tokens)
-        return (
-            self.body.at(tokens, rows, columns)
-            if self.projects
-            else run_rows(self.network, tokens).logits[rows, columns]
-        )
+        if self.projects:
+            return self.body.at(tokens, rows, columns)
+        return run_rows(self.network, tokens).logits[rows, columns] / self.temperature
 
     @torch.no_grad()
     def _head_agrees(self) -> bool:

@@ -24,6 +24,8 @@ class Command:
     config: str
     function: str
     about: str
+    preset: tuple[str, ...] = ()
+    """Flags that the command stands for."""
 
 
 COMMANDS = {
@@ -32,6 +34,16 @@ COMMANDS = {
     "reward": Command("reward", "Reward", "reward", "train a reward model on preferences (Bradley-Terry)"),
     "dpo": Command("dpo", "Dpo", "dpo", "train a policy on preference pairs: DPO and its family"),
     "kto": Command("kto", "Kto", "kto", "train a policy on unpaired feedback: KTO, BCO"),
+    "rl": Command("rl", "Rl", "rl", "online RL with any algorithm: sample, score, step"),
+    **{
+        name: Command("rl", "Rl", "rl", f"online RL: {about}", ("--algorithm", name))
+        for name, about in {
+            "rloo": "a prompt's other answers are the baseline",
+            "grpo": "scores standardized in their group",
+            "ppo": "clipped updates with a critic",
+            "reinforce": "the plain policy gradient",
+        }.items()
+    },
     "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
@@ -73,9 +85,18 @@ def run_command(given: Sequence[str]) -> int:
     name, rest = split_command(given)
     command = COMMANDS[name]
     recipe = import_module(f"trimtab.recipes.{command.module}")
-    config = read_config(getattr(recipe, command.config), rest, prog=f"trimtab {name}", about=command.about)
+    check_preset(name, command, rest)
+    given_flags = [*command.preset, *rest]
+    config = read_config(getattr(recipe, command.config), given_flags, prog=f"trimtab {name}", about=command.about)
     getattr(recipe, command.function)(config)
     return 0
+
+
+def check_preset(name: str, command: Command, given: Sequence[str]) -> None:
+    """Refuse to say again, or otherwise, what the command's name says."""
+    for flag in command.preset[::2]:
+        if any(word.partition("=")[0] == flag for word in given):
+            raise ValueError(f"`trimtab {name}` stands for {' '.join(command.preset)}: leave {flag} out.")
 
 
 def split_command(given: Sequence[str]) -> tuple[str, list[str]]:

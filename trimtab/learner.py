@@ -28,7 +28,8 @@ Part = tuple[Tensor, tuple[Mean, Metrics] | None]
 class Learner:
     """A model, what it minimizes and how: `step` changes the weights, `evaluate` only looks.
 
-    `micro_batch_rows` bounds the rows of one forward pass; `max_grad_norm` clips the global gradient norm (0: no clip).
+    `micro_batch_rows` bounds the rows of one forward pass; `max_grad_norm` clips the gradient norm of each network
+    (0: no clip), so that a critic's error does not decide how far the policy moves.
     """
 
     model: Any
@@ -54,7 +55,7 @@ class Learner:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(loss.count)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        grad_norm = self._clip()
         _check_finite(loss=loss.item(), grad_norm=grad_norm.item())
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -65,6 +66,15 @@ class Learner:
             "grad_norm": grad_norm.item(),
             "lr": lr,
         }
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient of each network; the norm of the whole before that."""
+        networks: dict[int, list[Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            networks.setdefault(group.get("network", 0), []).extend(group["params"])
+        limit = self.max_grad_norm or math.inf
+        norms = [torch.nn.utils.clip_grad_norm_(weights, limit) for weights in networks.values()]
+        return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[Mean, Metrics]:
@@ -159,11 +169,23 @@ def _check_finite(**figures: float) -> None:
             )
 
 
-def make_optimizer(parameters: Sequence[Tensor], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW; weight decay leaves one-dimensional parameters (norms, biases) alone."""
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def make_optimizer(
+    parameters: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    others: Sequence[tuple[Sequence[Tensor], float]] = (),
+) -> torch.optim.Optimizer:
+    """AdamW; weight decay leaves one-dimensional parameters (norms, biases) alone.
+
+    `others` are the weights of further networks (a critic), each with its own learning rate.
+    """
+    groups = []
+    for network, (weights, rate) in enumerate([(parameters, lr), *others]):
+        matrices = [p for p in weights if p.ndim > 1]
+        vectors = [p for p in weights if p.ndim <= 1]
+        groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay, "network": network})
+        groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0, "network": network})
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
 
 

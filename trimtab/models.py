@@ -155,7 +155,7 @@ class Policy:
     def _measured(self, tokens: Tokens, measures: Sequence[Measure]) -> list[PerToken]:
         tokens = move(tokens, self.device)
         targets, fast = tokens.ids[tokens.response_mask], self.arithmetic.autocast is not None
-        found = measured(self.module.head, self.states(tokens), targets, measures, fast=fast)
+        found = measured(self.module.tempered_head, self.states(tokens), targets, measures, fast=fast)
         return [at_responses(tokens, values) for values in found]
 
     @staticmethod
@@ -171,7 +171,7 @@ class Policy:
 
     def log_distributions(self, states: States) -> Tensor:
         """The log-probabilities of the whole vocabulary that some states predict, `[N, V]`."""
-        return log_distributions(self.module.head, states, fast=self.arithmetic.autocast is not None)
+        return log_distributions(self.module.tempered_head, states, fast=self.arithmetic.autocast is not None)
 
     def reference(self) -> FrozenPolicy:
         """What the policy is compared with: the model without its adapter, else a frozen copy of it as it is now.
@@ -189,6 +189,7 @@ class Policy:
             parameter.requires_grad_(False)
         copied = Policy(model, self.tokenizer, self.arithmetic, adapter)
         copied.body.arrangement = self.body.arrangement
+        copied.module.temperature = self.module.temperature
         return FrozenPolicy(copied)
 
     def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:

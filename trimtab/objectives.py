@@ -9,7 +9,7 @@ Every loss and metric is a `Mean`; micro-batches and ranks add, and one division
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -19,21 +19,27 @@ from torch import Tensor
 from trimtab.batches import (
     DemonstrationBatch,
     FeedbackBatch,
+    Mask,
     Mean,
+    MixedBatch,
     PairBatch,
     Pairs,
     PerPair,
     PerSequence,
     PerToken,
+    PolicyBatch,
     RankingBatch,
     Referenced,
     Tokens,
 )
+from trimtab.kl import KlTerms, log_ratio
 from trimtab.losses.arguments import CombinedLoss
 from trimtab.losses.language import negative_log_likelihood
+from trimtab.losses.policy import PolicyTerms, clip_fraction, ratio_statistics, token_ratio
 from trimtab.losses.preference import ACROSS, REFERENCE_FREE, LengthSplitPairs, WeightedPairs
 from trimtab.losses.reward import PairScores
 from trimtab.losses.unpaired import Unpaired
+from trimtab.losses.value import ValueTerms, value_clip_fraction
 
 Metrics = dict[str, Mean]
 
@@ -307,3 +313,131 @@ class FeedbackObjective:
         if self.reads_mismatched:
             metrics["kl"] = Mean.of(outputs.mismatched - outputs.ref_mismatched)
         return Mean.of(self.answer_loss(outputs), batch.batch.weights), metrics
+
+
+# ---- Online RL
+
+
+class HasValues(HasLogprobs, Protocol):
+    """A policy with a critic: what it expects before each response token, `[B, T]`, reward units."""
+
+    def values(self, tokens: Tokens) -> PerToken: ...
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """Log-probabilities of the response tokens and the critic's values before them (zeros without one), `[B, T]`."""
+
+    logprobs: PerToken
+    values: PerToken
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Online RL: a policy loss on the answers that the policy drew, plus KL where it is in the loss, plus the critic's.
+
+    `average` makes a `Mean` of per-token losses and their mask (`mean_over`). With `fresh`, every batch is used for one
+    update only, so the policy that drew it is the policy as it is and the old log-probabilities are its own: the
+    ratio is exactly 1, and what sampling rounded otherwise is reported (`logprob_gap`) and not trained on. `clip` are
+    the loss's bounds on `ratio`, for the share of clipped tokens.
+    """
+
+    policy_loss: Callable[[PolicyTerms], PerToken]
+    average: Callable[[PerToken, Mask], Mean]
+    fresh: bool
+    kl_loss: Callable[[KlTerms], PerToken] | None = None
+    kl_coefficient: float = 0.0
+    value_loss: Callable[[ValueTerms], PerToken] | None = None
+    value_coefficient: float = 0.1
+    ratio: Callable[[PolicyTerms], PerToken] = token_ratio
+    clip: Mapping[str, float] | None = None
+    across: bool = False
+
+    def outputs(self, policy: Any, batch: PolicyBatch) -> PolicyOutputs:
+        logprobs = policy.logprobs(batch.tokens)
+        values = policy.values(batch.tokens) if self.value_loss else torch.zeros_like(logprobs)
+        return PolicyOutputs(logprobs, values)
+
+    def loss(self, outputs: PolicyOutputs, batch: PolicyBatch) -> tuple[Mean, Metrics]:
+        old = outputs.logprobs.detach() if self.fresh else batch.old_logprobs
+        terms = PolicyTerms(outputs.logprobs, old, batch.advantages, batch.mask)
+        losses, metrics = self.policy_loss(terms), policy_metrics(terms, batch)
+        if self.kl_loss:
+            kl = self.kl_loss(KlTerms(outputs.logprobs, old, batch.ref_logprobs, batch.mask))
+            losses = losses + self.kl_coefficient * kl
+        if self.clip:
+            metrics["clip_fraction"] = clip_fraction(terms, self.ratio(terms).detach(), **self.clip)
+        if self.value_loss:
+            given = ValueTerms(outputs.values, batch.old_values, batch.returns, batch.mask)
+            values = self.value_loss(given)
+            losses = losses + self.value_coefficient * values
+            metrics["value_loss"] = Mean.of(values, batch.mask)
+            metrics["value_clip_fraction"] = value_clip_fraction(given)
+        return self.average(losses, batch.mask), metrics
+
+    def count(self, batch: PolicyBatch) -> Tensor:
+        """What the losses of a batch are divided by."""
+        return self.average(torch.zeros_like(batch.advantages), batch.mask).count
+
+
+def policy_metrics(terms: PolicyTerms, batch: PolicyBatch) -> Metrics:
+    """Reward, KL and length of the answers, and how far training's log-probabilities are from others."""
+    lengths, drawn = batch.tokens.response_lengths, batch.weights
+    to_reference = log_ratio(terms.logprobs.detach(), batch.ref_logprobs, batch.mask)
+    to_sampling = log_ratio(terms.old_logprobs, batch.sampled_logprobs, batch.mask)
+    return {
+        "reward": Mean.of(batch.scores, drawn),
+        "kl": Mean.of(to_reference.sum(-1), drawn),
+        "kl_per_token": Mean.of(to_reference, batch.mask),
+        "entropy": Mean.of(-batch.sampled_logprobs, batch.mask),
+        "length": Mean.of(lengths, drawn),
+        "unfinished": Mean.of((~batch.finished).float(), drawn),
+        "logprob_gap": Mean.of(to_sampling.abs(), batch.mask),
+        **ratio_statistics(terms),
+    }
+
+
+@dataclass(frozen=True)
+class MixedOutputs:
+    """Those of the answers that the policy drew, and those of the demonstrations."""
+
+    drawn: PolicyOutputs
+    shown: TokenOutputs
+
+
+@dataclass(frozen=True)
+class MixedObjective:
+    """Online RL with demonstrations mixed in (Ouyang et al. 2022, PPO-ptx, eq. 2): the loss of the answers, plus the
+    mean negative log-likelihood of the demonstrations' tokens times the `weight` that `mixed` gave them.
+    """
+
+    policy: PolicyObjective
+    across: bool = False
+
+    def outputs(self, policy: Any, batch: MixedBatch) -> MixedOutputs:
+        return MixedOutputs(
+            self.policy.outputs(policy, batch.answers) if batch.answers.size else no_outputs(batch.answers),
+            TokenOutputs(policy.logprobs(batch.demonstrations.tokens))
+            if batch.demonstrations.size
+            else TokenOutputs(no_outputs(batch.demonstrations).logprobs),
+        )
+
+    def loss(self, outputs: MixedOutputs, batch: MixedBatch) -> tuple[Mean, Metrics]:
+        loss, metrics = self.policy.loss(outputs.drawn, batch.answers)
+        shown, _ = DemonstrationObjective().loss(outputs.shown, batch.demonstrations)
+        total = loss.total + batch.weight * shown.total
+        return Mean(total, loss.count), {**metrics, "demonstration_loss": shown}
+
+
+def no_outputs(batch: PolicyBatch | DemonstrationBatch) -> PolicyOutputs:
+    """What a model says about no rows."""
+    nothing = torch.zeros(batch.tokens.ids.shape, device=batch.tokens.ids.device)
+    return PolicyOutputs(nothing, nothing)
+
+
+def mixed(
+    answers: PolicyBatch, demonstrations: DemonstrationBatch, objective: PolicyObjective, coefficient: float
+) -> MixedBatch:
+    """A batch whose gradient is that of the answers' mean loss plus `coefficient` times the demonstrations'."""
+    tokens = Mean.of(demonstrations.tokens.response_lengths, demonstrations.weights).total.clamp(min=1)
+    return MixedBatch(answers, demonstrations, coefficient * (objective.count(answers) / tokens).item())

@@ -7,7 +7,7 @@ computed again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,10 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def tempered(self, temperature: float) -> Head:
+        """The head that gives the same logits divided by `temperature`: scale and cap shrink together."""
+        return replace(self, scale=self.scale / temperature, cap=self.cap and self.cap / temperature)
 
 
 def head_of(network: PreTrainedModel) -> Head | None:

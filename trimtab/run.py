@@ -8,7 +8,8 @@ The directory is the contract between commands:
     metrics.jsonl       one object a step
     evals.jsonl         one object an evaluation
     samples.jsonl       what the policy says
-    checkpoints/        step-00000100/, ... in `save_pretrained` form
+    rollouts.jsonl      online RL: one object a rollout, with the answers to one of its prompts and their rewards
+    checkpoints/        step-00000100/, ... and best/, in `save_pretrained` form
     model/              the final model in `save_pretrained` form
     report.html         the same for people
 """
@@ -39,6 +40,8 @@ from trimtab.learner import Learner
 from trimtab.progress import progress_bar
 
 FORMAT_VERSION = 1
+SHOWN = ("loss", "reward", "kl")
+"""Figures of a step that the progress bar shows."""
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Run:
     directory: Path
     seed: int
     started: float = field(default_factory=time.monotonic)
+    step: int = 0
+    """The last step that `train` took."""
 
     @classmethod
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
@@ -74,7 +79,8 @@ class Run:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one object to a .jsonl file of the run."""
-        with (self.directory / name).open("a", encoding="utf-8") as file:
+        # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
+        with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
 
     def train(
@@ -89,32 +95,35 @@ class Run:
         save_every: int = 0,
         title: str = "train",
     ) -> dict[str, float]:
-        """Draw a batch, take a step, write it down; `steps` times. Returns the last evaluation.
+        """Draw a batch, take a step, write it down; `steps` times, or until the batches end.
 
+        Returns the last evaluation.
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
         one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
         """
-        evaluation = self._evaluate(evaluate, 0)
+        evaluation, evaluated = self._evaluate(evaluate, 0), 0
+        self.step = 0
         with progress_bar(title, steps) as advance:
-            step = 0
+            ended = time.perf_counter()
             for batch in batches:
-                step += 1
-                began = time.perf_counter()
+                self.step, began = self.step + 1, time.perf_counter()
+                step = self.step
                 figures = learner.step(batch)
-                self._log_step(step, figures, batch, time.perf_counter() - began)
-                advance(note=f"loss {figures['loss']:.4f}")
+                seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
+                self._log_step(step, figures, batch, seconds)
+                advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
                 if eval_every and step % eval_every == 0 and step < steps:
-                    evaluation = self._evaluate(evaluate, step)
+                    evaluation, evaluated = self._evaluate(evaluate, step), step
                 if save and save_every and step % save_every == 0:
-                    self._checkpoint(save, step)
+                    self.checkpoint(save, f"step-{step:08d}")
                 if step == steps:
                     break
-        assert step == steps, f"the batches ended after {step} of {steps} steps"
-        return self._evaluate(evaluate, steps) or evaluation
+                ended = time.perf_counter()
+        return evaluation if evaluated == self.step else self._evaluate(evaluate, self.step)
 
-    def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: float) -> None:
+    def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: Mapping[str, float]) -> None:
         tokens = int(batch.tokens.attention_mask.sum())
-        speed = {"tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
+        speed = {"tokens": tokens, "tokens_per_second": tokens / seconds["seconds"], **seconds}
         self.append("metrics.jsonl", {"step": step, **figures, **speed})
 
     def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, step: int) -> dict[str, float]:
@@ -124,14 +133,17 @@ class Run:
         self.append("evals.jsonl", {"step": step, **figures})
         return figures
 
-    def _checkpoint(self, save: Callable[[Path], None], step: int) -> None:
-        """A checkpoint is there as a whole or not at all: written aside, then renamed."""
-        final = self.directory / "checkpoints" / f"step-{step:08d}"
-        aside = final.with_name(final.name + ".partial")
+    def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
+        """A checkpoint, in the place of an earlier one of that name; written aside, so that it is always whole."""
+        final = self.directory / "checkpoints" / name
+        aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save(aside)
+        if final.exists():
+            final.rename(retired)
         aside.rename(final)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def seed_everything(seed: int) -> None:

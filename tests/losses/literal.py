@@ -201,3 +201,37 @@ def derivative(function, arguments, index, step=1e-3):
         return function(moved)
 
     return (at(-2) - 8 * at(-1) + 8 * at(1) - at(2)) / (12 * step)
+
+
+def policy_reinforce(logprob, old, advantage):
+    return -advantage * logprob
+
+
+def policy_ppo_clip(logprob, old, advantage, *, epsilon=0.2, epsilon_high=None, dual_clip=math.inf):
+    high = epsilon if epsilon_high is None else epsilon_high
+    return pessimistic(math.exp(logprob - old), advantage, epsilon, high, dual_clip)
+
+
+def pessimistic(ratio, advantage, low, high, dual_clip=math.inf):
+    objective = min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+    return -(max(objective, dual_clip * advantage) if advantage < 0 and dual_clip < math.inf else objective)
+
+
+def policy_gspo(logprobs, olds, advantage, *, epsilon=3e-4, epsilon_high=4e-4):
+    """The loss of a whole answer, which is the same at each of its tokens."""
+    ratio = math.exp(sum(p - q for p, q in zip(logprobs, olds, strict=True)) / len(logprobs))
+    return pessimistic(ratio, advantage, epsilon, epsilon_high)
+
+
+def policy_cispo(logprob, old, advantage, *, max_ratio=5.0, frozen=None):
+    weight = math.exp((logprob if frozen is None else frozen) - old)
+    return -min(weight, max_ratio) * advantage * logprob
+
+
+def value_squared_error(value, old, came):
+    return (value - came) ** 2 / 2
+
+
+def value_clipped(value, old, came, *, epsilon=0.2):
+    held = min(max(value, old - epsilon), old + epsilon)
+    return max((value - came) ** 2, (held - came) ** 2) / 2

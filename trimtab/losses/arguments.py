@@ -132,12 +132,13 @@ def parse_term(part: str, text: str) -> tuple[float, str]:
     return weight, match[2]
 
 
-def check_name(name: str, registry: Mapping[str, Any]) -> None:
+def check_name(name: str, registry: Mapping[str, Any], *, kind: str = "loss") -> None:
     """ValueError with the closest match and the whole list unless the registry has the name."""
     if name not in registry:
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown loss {name!r}.{hint} The losses are {', '.join(sorted(registry))}")
+        plural = "losses" if kind == "loss" else f"{kind}s"
+        raise ValueError(f"unknown {kind} {name!r}.{hint} The {plural} are {', '.join(sorted(registry))}")
 
 
 def check_same_input(functions: Mapping[str, Callable[..., Any]]) -> None:
@@ -195,6 +196,9 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
 
 def convert(value: Any, hint: Any, name: str) -> Any:
     """A value, as text or already a Python object, as the annotation wants it."""
+    if type(None) in get_args(hint):
+        (given,) = (kind for kind in get_args(hint) if kind is not type(None))
+        return None if value in (None, "none") else convert(value, given, name)
     if get_origin(hint) is Annotated:
         inner, *limits = get_args(hint)
         value = convert(value, inner, name)

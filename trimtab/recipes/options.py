@@ -83,6 +83,30 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
+class OnlineStepOptions:
+    """How the weights move in online RL, where a step's answers are drawn and not read."""
+
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    steps: int = 100
+    """Optimizer steps."""
+    micro_batch_rows: int = 16
+    """Most answers of one forward and backward pass; bounds memory, changes no result."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """The learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm here; 0 does not clip."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay on matrices."""
+    share_prompts: bool = True
+    """Run a prompt once for its answers in a micro-batch, where that saves tokens; changes speed, no result."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Run layers again in the backward pass: less memory, a third more time; auto: on a GPU if memory is short."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Where the run goes and what it writes down."""
 
@@ -134,34 +158,43 @@ def check_options(config: Any) -> None:
 def check_inputs(config: Any) -> None:
     """Refuse inputs that do not exist by name, and those inside the directory that --overwrite would replace."""
     given = {"--model": config.model.model, "--data": config.data.data, "--eval-data": config.data.eval_data}
-    out = Path(config.run.out).resolve()
     for flag, value in {**given, "--ref-model": getattr(config, "ref_model", None)}.items():
-        if value == "":
-            raise ValueError(f"{flag} is empty.")
-        if value and Path(value).exists() and Path(value).resolve().is_relative_to(out):
-            raise ValueError(
-                f"{flag} {value} lies in --out {config.run.out}, which would be replaced. Give another --out."
-            )
+        check_outside(config.run.out, flag, value)
 
 
-def check_steps(options: StepOptions) -> None:
+def check_outside(out: str, flag: str, value: str | None) -> None:
+    """Refuse an empty name, and one inside the directory that --overwrite would replace."""
+    if value == "":
+        raise ValueError(f"{flag} is empty.")
+    if value and Path(value).exists() and Path(value).resolve().is_relative_to(Path(out).resolve()):
+        raise ValueError(f"{flag} {value} lies in --out {out}, which would be replaced. Give another --out.")
+
+
+def check_steps(options: StepOptions | OnlineStepOptions) -> None:
     """Refuse numbers that cannot mean anything, by the name of their flag."""
-    at_least_one = {"--batch-size": options.batch_size, "--micro-batch-rows": options.micro_batch_rows}
+    at_least_one = {"--micro-batch-rows": options.micro_batch_rows}
+    if isinstance(options, StepOptions):
+        at_least_one["--batch-size"] = options.batch_size
+        check_epochs(options)
     if options.steps is not None:
         at_least_one["--steps"] = options.steps
     for flag, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")
-    if options.epochs is not None and options.steps is not None:
-        raise ValueError(f"--steps {options.steps} and --epochs {options.epochs}: give one of them.")
-    if options.epochs is not None and not 0 < options.epochs < float("inf"):
-        raise ValueError(f"--epochs {options.epochs}: a number above 0 is needed.")
     if not 0 <= options.warmup <= 1:
         raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")
     numbers = {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm, "--weight-decay": options.weight_decay}
     for flag, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag} {value}: a number that is not negative is needed.")
+
+
+def check_epochs(options: StepOptions) -> None:
+    """Refuse passes over the data that mean nothing or contradict the number of steps."""
+    if options.epochs is not None and options.steps is not None:
+        raise ValueError(f"--steps {options.steps} and --epochs {options.epochs}: give one of them.")
+    if options.epochs is not None and not 0 < options.epochs < float("inf"):
+        raise ValueError(f"--epochs {options.epochs}: a number above 0 is needed.")
 
 
 def check_limit(limit: int | None) -> None:

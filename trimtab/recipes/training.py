@@ -16,17 +16,19 @@ from trimtab import data
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
 from trimtab.evals.intervals import wilson
+from trimtab.health import sinking
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import check_arguments, defaults, parse_arguments
 from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, StepOptions, flatten
+from trimtab.recipes.options import DataOptions, OnlineStepOptions, StepOptions, flatten
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
+from trimtab.rewards import RULES
 from trimtab.run import Run, seed_everything, write_json
 from trimtab.sampling import sample
 from trimtab.tokens import Encoded
@@ -63,8 +65,10 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
     """The run directory of a command, with its resolved config and what was read for it."""
     resolved = {"command": command, **flatten(config)}
     del resolved["overwrite"]  # a permission for one time, not a part of what is repeated
-    for name in {"data", "eval_data", "model", "ref_model"} & resolved.keys():
+    for name in {"data", "eval_data", "model", "ref_model", "critic", "ptx_data"} & resolved.keys():
         resolved[name] = absolute(resolved[name])
+    if "reward" in resolved:
+        resolved["reward"] = [name if name in RULES else absolute(name) for name in resolved["reward"]]
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
     write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
@@ -266,9 +270,11 @@ def train(
 ) -> dict[str, float]:
     """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
     options: StepOptions = config.steps
-    save_memory(run, learner.model, items["train"], options)
+    sequences, length = largest_shape(learner.model, items["train"], options)
+    save_memory(run, [learner.model], options.gradient_checkpointing, sequences, length)
     batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
-    write_samples(run, learner.model, items, config, step=0)
+    prompts = prompts_of(items.get("eval", items["train"]))
+    write_samples(run, learner.model, prompts, config, step=0)
     evaluation = run.train(
         learner,
         follow(batches),
@@ -280,18 +286,51 @@ def train(
     )
     check_weights(learner, run)
     finish()
-    write_samples(run, learner.model, items, config, step=steps)
+    write_samples(run, learner.model, prompts, config, step=steps)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
     return evaluation
 
 
-def save_memory(run: Run, model: Any, items: Items, options: StepOptions) -> None:
-    """Switch gradient checkpointing on where it is asked for or needed; says which and why."""
-    chosen = choose_checkpointing(options.gradient_checkpointing, model, *largest_shape(model, items, options))
+def train_online(
+    run: Run,
+    learner: Learner,
+    batches: Iterator[Any],
+    evaluate: Callable[[int], Mapping[str, float]] | None,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    config: Any,
+) -> None:
+    """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
+    write_samples(run, policy, prompts, config, step=0)
+    run.train(
+        learner,
+        batches,
+        steps=config.steps.steps,
+        evaluate=evaluate,
+        eval_every=config.run.eval_every,
+        save=learner.model.save,
+        save_every=config.run.save_every,
+    )
+    check_weights(learner, run)
+    if run.step < config.steps.steps:
+        console.print(f"ended after {run.step} of {config.steps.steps} steps")
+    write_samples(run, policy, prompts, config, step=run.step)
+    learner.model.save(run.directory / "model")
+    write_report([run.directory], run.directory / "report.html")
+    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+
+
+def save_memory(run: Run, models: Sequence[Any], requested: str, rows: int, length: int) -> None:
+    """Switch gradient checkpointing on where it is asked for or needed; says which and why.
+
+    `rows` sequences of `length` tokens run through each model before anything is freed.
+    """
+    chosen = choose_checkpointing(requested, models[0], rows * len(models), length)
     if chosen.on:
-        recompute_layers(model.model)
+        for model in models:
+            recompute_layers(model.model)
     console.print(f"gradient checkpointing {chosen.why}")
     run.note(gradient_checkpointing=chosen.why)
 
@@ -309,12 +348,16 @@ def largest_shape(model: Any, items: Items, options: StepOptions) -> tuple[int, 
 SAMPLE_TOKENS = 64
 
 
-def write_samples(run: Run, model: Any, items: Mapping[str, Items], config: Any, *, step: int) -> None:
+def prompts_of(items: Items) -> list[Prompt]:
+    """The prompts of some items, each once."""
+    records = [item.record for item in items.encoded]
+    return list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
+
+
+def write_samples(run: Run, model: Any, prompts: Sequence[Prompt], config: Any, *, step: int) -> None:
     """What the policy says to the first held-out prompts (or training prompts), for people to read."""
     if not isinstance(model, Policy) or not config.run.samples:
         return
-    records = [item.record for item in items.get("eval", items["train"]).encoded]
-    prompts = list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
     some = [prompt for prompt in prompts if prompt.text][: config.run.samples]
     if some:
         answers = sample(model, some, max_new_tokens=SAMPLE_TOKENS, seed=config.run.seed).texts
@@ -349,18 +392,35 @@ def total_steps(options: StepOptions, items: int) -> int:
     return options.steps or math.ceil(len(batch_starts(items, options.batch_size)) * (options.epochs or 1))
 
 
-def make_learner(model: Any, objective: Objective, options: StepOptions, steps: int) -> Learner:
-    """AdamW on the weights that train, with the schedule and the micro-batches of the options."""
-    optimizer = make_optimizer(model.trainable_parameters(), lr=options.lr, weight_decay=options.weight_decay)
+def make_learner(
+    model: Any,
+    objective: Objective,
+    options: StepOptions | OnlineStepOptions,
+    steps: int,
+    *,
+    critic: tuple[Any, float] | None = None,
+) -> Learner:
+    """AdamW on the weights that train, with the schedule and the micro-batches of the options.
+
+    A critic's weights learn at their own rate.
+    """
+    others = [(critic[0].trainable_parameters(), critic[1])] if critic else []
+    parameters = model.trainable_parameters()
+    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=options.weight_decay, others=others)
     warmup_steps = round(options.warmup * steps)
     schedule = make_schedule(optimizer, kind=options.schedule, warmup_steps=warmup_steps, steps=steps)
     return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, options.max_grad_norm)
 
 
 def held_out(learner: Learner, items: Items | None, batch_size: int) -> Callable[[int], dict[str, float]] | None:
-    """Evaluation of loss and metrics on held-out items, accuracy with its 95 % Wilson interval."""
+    """Evaluation of loss and metrics on held-out items, accuracy with its 95 % Wilson interval.
+
+    Says once if chosen and rejected answers have both become less likely since the first evaluation.
+    """
     if items is None:
         return None
+    first: dict[str, float] = {}
+    told: list[str] = []
 
     def evaluate(step: int) -> dict[str, float]:
         loss, metrics = learner.evaluate(list(items.in_order(batch_size)))
@@ -370,6 +430,11 @@ def held_out(learner: Learner, items: Items | None, batch_size: int) -> Callable
             interval = wilson(round(float(right)), round(float(count)))
             figures |= {"accuracy_low": interval.low, "accuracy_high": interval.high, "pairs": float(count)}
         console.print(f"held out, step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        warning = sinking(first or figures, figures)
+        first.update({} if first else figures)
+        if warning and not told:
+            told.append(warning)
+            console.print(f"[yellow]{warning}[/yellow]")
         return figures
 
     return evaluate

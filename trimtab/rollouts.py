@@ -1,0 +1,350 @@
+"""Rollouts: sample -> score -> refer -> credit, the stages that make a `PolicyBatch`, lazily.
+
+Online methods differ from offline ones in this iterator alone. It draws when it is asked, so every draw sees the policy
+as the last step left it; never prefetch it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from trimtab.advantages import (
+    SCORE_SHAPES,
+    SEQUENCE_ADVANTAGES,
+    TOKEN_ADVANTAGES,
+    RunningBaseline,
+    RunningMoments,
+    Scores,
+    reward_to_go,
+    spread,
+    whiten,
+    with_unfinished_score,
+)
+from trimtab.algorithms import Algorithm
+from trimtab.batches import PerSequence, PerToken, PolicyBatch, Rollouts, Tokens
+from trimtab.health import Health
+from trimtab.kl import KL_ESTIMATORS, AdaptiveCoefficient, FixedCoefficient, KlBudget, log_ratio, shaped_rewards
+from trimtab.losses.arguments import check_arguments, parse_arguments
+from trimtab.losses.value import explained_variance
+from trimtab.records import Prompt
+from trimtab.rewards import Mixture, Reward, checked
+from trimtab.sampling import Samples
+
+LogprobsOf = Callable[[Tokens], PerToken]
+
+
+class Draw(Protocol):
+    """Prompts -> `n` answers each. Another `step` draws other answers; the same one draws the same again."""
+
+    def __call__(self, prompts: Sequence[Prompt], n: int, *, step: int) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The models and functions that a rollout passes through.
+
+    `draw` samples, `greedy` takes the most probable answer, `reward` scores. `reference` and `policy` give
+    log-probabilities as training computes them, `critic` the values before each token, `exact_kl` the KL of every
+    next-token distribution; all without gradient, at most `max_rows` rows at a time.
+    """
+
+    draw: Draw
+    greedy: Callable[[Sequence[Prompt]], Samples]
+    reward: Reward
+    reference: LogprobsOf
+    policy: LogprobsOf
+    critic: LogprobsOf | None = None
+    exact_kl: LogprobsOf | None = None
+    max_rows: int = 16
+
+
+@dataclass
+class History:
+    """What online RL remembers from one rollout to the next: plain numbers, all of which belong into a checkpoint."""
+
+    coefficient: FixedCoefficient | AdaptiveCoefficient
+    budget: KlBudget | None = None
+    moments: RunningMoments = field(default_factory=RunningMoments)
+    baseline: RunningBaseline = field(default_factory=RunningBaseline)
+    health: Health = field(default_factory=Health)
+    rollouts: int = 0
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether some of the KL budget is left."""
+        return self.budget is None or not self.budget.is_spent
+
+    def update(self, rollouts: Rollouts) -> None:
+        """Take a rollout in: the price of KL, what is left of its budget, the moving baseline."""
+        kl, answers = rollouts.mean_kl, int(rollouts.valid.sum())
+        self.coefficient = self.coefficient.update(kl, answers)
+        self.budget = self.budget and self.budget.update(kl)
+        self.baseline = self.baseline.update(rollouts.scores, rollouts.valid)
+        self.rollouts += 1
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Answers and their rewards, None for those left out; `parts` has each reward's own where there are several."""
+
+    samples: Samples
+    rewards: Sequence[float | None]
+    parts: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> Bool[Tensor, " B"]:
+        """Which answers have a reward."""
+        return torch.tensor([reward is not None for reward in self.rewards])
+
+    def scores(self, missing: float = 0.0) -> PerSequence:
+        """The rewards as numbers."""
+        return torch.tensor([missing if reward is None else float(reward) for reward in self.rewards])
+
+
+@dataclass(frozen=True)
+class Account:
+    """One rollout from its texts to its credit, for those who watch.
+
+    `kl_coefficient` is the price of KL that it was credited with. `explained_variance` says how well the critic foresaw
+    the sum of the rewards still to come, before it learned from this rollout; NaN without a critic. `seconds` are those
+    of each stage, and `warnings` say in words what looks unhealthy for the first time.
+    """
+
+    number: int
+    scored: Scored
+    rollouts: Rollouts
+    batch: PolicyBatch
+    kl_coefficient: float
+    explained_variance: float
+    seconds: Mapping[str, float]
+    warnings: Sequence[str]
+
+
+# ---- The iterator
+
+
+def policy_batches(
+    prompts: Iterator[Sequence[Prompt]],
+    stages: Stages,
+    algorithm: Algorithm,
+    history: History,
+    *,
+    group_size: int,
+    seed: int,
+    watch: Callable[[Account], None] = lambda account: None,
+) -> Iterator[PolicyBatch]:
+    """Sample, score, credit, and hand out minibatches, one for each update. Ends when the KL budget is spent.
+
+    `watch` sees every rollout before the first update on it.
+    """
+    for asked in prompts:
+        account = roll_out(asked, stages, algorithm, history, group_size=group_size)
+        watch(account)
+        if not history.may_go_on:
+            return
+        for epoch in range(algorithm.epochs):
+            order = derived_seed(seed, account.number, epoch)
+            yield from minibatches(account.batch, algorithm.minibatches, seed=order)
+
+
+def roll_out(
+    prompts: Sequence[Prompt], stages: Stages, algorithm: Algorithm, history: History, *, group_size: int
+) -> Account:
+    """Answers to some prompts, through all stages."""
+    times = [time.perf_counter()]
+    samples = stages.draw(prompts, group_size, step=history.rollouts)
+    times.append(time.perf_counter())
+    scored = score(stages.reward, samples)
+    baseline = expected(scored, stages, algorithm, history)
+    times.append(time.perf_counter())
+    rollouts = refer(scored, baseline, stages, algorithm)
+    times.append(time.perf_counter())
+    price = history.coefficient.value if algorithm.kl_in == "reward" else 0.0
+    history.moments = history.moments.update(rollouts.scores, rollouts.valid)
+    batch = credit(rollouts, stages, algorithm, price=price, moments=history.moments)
+    rewards = token_rewards(rollouts, algorithm, price, history.moments)
+    foreseen = foresight(batch, rewards, algorithm) if stages.critic else math.nan
+    times.append(time.perf_counter())
+    seconds = (end - begin for begin, end in itertools.pairwise(times))
+    history.update(rollouts)
+    return Account(
+        number=history.rollouts,
+        scored=scored,
+        rollouts=rollouts,
+        batch=batch,
+        kl_coefficient=price,
+        explained_variance=foreseen,
+        seconds=dict(zip(("sample", "score", "refer", "credit"), seconds, strict=True)),
+        warnings=history.health.look(rollouts, samples.texts),
+    )
+
+
+def minibatches(batch: PolicyBatch, count: int, *, seed: int) -> Iterator[PolicyBatch]:
+    """The batch in `count` parts of whole groups, shuffled, without parts that have no score; in one part as it is."""
+    if count == 1:
+        yield batch
+        return
+    order = torch.randperm(batch.size, generator=torch.Generator().manual_seed(seed))
+    parts = (batch.select(items) for items in order.tensor_split(count) if len(items))
+    yield from (part for part in parts if part.mask.any())
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits that is a function of these numbers alone."""
+    text = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+# ---- Score
+
+
+def score(reward: Reward, samples: Samples) -> Scored:
+    """Rewards of answers, each part asked once. ValueError, naming the reward, if it leaves all of them out."""
+    prompts, answers = samples.row_prompts, samples.answers
+    parts = reward.parts(prompts, answers) if isinstance(reward, Mixture) else {}
+    rewards = reward.combine(parts) if isinstance(reward, Mixture) else reward(prompts, answers)
+    scored = Scored(samples, checked(reward.name, prompts, answers, rewards), parts)
+    if not scored.valid.any():
+        raise ValueError(f"reward {reward.name} gave None for all {len(answers)} answers, so there is nothing to learn")
+    return scored
+
+
+def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: History) -> PerSequence:
+    """What was expected of each answer before it was drawn: for `remax` the greedy answer's score, else a running mean.
+
+    A greedy answer that the reward leaves out is expected to be worth the running mean.
+    """
+    usual = history.baseline.value
+    if algorithm.advantage != "remax":
+        return torch.full((len(scored.rewards),), usual)
+    samples = stages.greedy(scored.samples.prompts)
+    rewards = stages.reward(samples.row_prompts, samples.answers)
+    greedy = with_cut_score(Scored(samples, rewards).scores(usual), samples.finished, algorithm)
+    return greedy.repeat_interleave(scored.samples.n)
+
+
+def with_cut_score(scores: PerSequence, finished: Bool[Tensor, " B"], algorithm: Algorithm) -> PerSequence:
+    """The scores, with the algorithm's score of answers that were cut, if it has one."""
+    if algorithm.unfinished_score is None:
+        return scores
+    return with_unfinished_score(scores, finished, algorithm.unfinished_score)
+
+
+# ---- Refer
+
+
+def refer(scored: Scored, baseline: PerSequence, stages: Stages, algorithm: Algorithm) -> Rollouts:
+    """The answers as tensors, with log-probabilities under the reference and KL by the algorithm's estimator.
+
+    Where an answer serves one update only, the policy's own log-probabilities are those of sampling: the update
+    computes them anyway.
+    """
+    samples, run = scored.samples, partial(in_chunks, max_rows=stages.max_rows)
+    tokens, sampled = samples.tokens, samples.sampled_logprobs
+    logprobs = run(stages.policy, tokens) if algorithm.updates > 1 else sampled
+    ref_logprobs = run(stages.reference, tokens)
+    if algorithm.kl == "exact":
+        assert stages.exact_kl is not None, "exact KL needs both models"
+        kl = run(stages.exact_kl, tokens)
+    else:
+        # Where KL is in the loss, the objective computes it; nothing reads this one.
+        kl = KL_ESTIMATORS.get(algorithm.kl, KL_ESTIMATORS["k1"])(
+            log_ratio(logprobs, ref_logprobs, tokens.response_mask)
+        )
+    return Rollouts(
+        tokens=tokens,
+        sampled_logprobs=sampled,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        kl=kl,
+        scores=scored.scores(),
+        baseline=baseline,
+        valid=scored.valid,
+        finished=samples.finished,
+        group_size=samples.n,
+    )
+
+
+@torch.no_grad()
+def in_chunks(function: LogprobsOf, tokens: Tokens, max_rows: int) -> PerToken:
+    """A function of rows on all rows, at most `max_rows` at a time, on the CPU."""
+    found = torch.zeros(tokens.ids.shape)
+    for rows in torch.arange(len(tokens)).split(max_rows):
+        found[rows, tokens.used_columns(rows)] = function(tokens.select(rows)).float().cpu()
+    return found
+
+
+# ---- Credit
+
+
+def credit(
+    rollouts: Rollouts, stages: Stages, algorithm: Algorithm, *, price: float, moments: RunningMoments
+) -> PolicyBatch:
+    """Advantages from scores, as the algorithm says; a nat of KL costs `price` of them."""
+    tokens = rollouts.tokens
+    values = in_chunks(stages.critic, tokens, stages.max_rows) if stages.critic else torch.zeros_like(rollouts.kl)
+    advantages, returns = advantages_of(rollouts, values, algorithm, price, moments)
+    return PolicyBatch(
+        tokens=tokens,
+        sampled_logprobs=rollouts.sampled_logprobs,
+        old_logprobs=rollouts.logprobs,
+        ref_logprobs=rollouts.ref_logprobs,
+        advantages=whiten(advantages, rollouts.mask) if algorithm.whiten_advantages else advantages,
+        returns=returns,
+        old_values=values,
+        scores=rollouts.scores,
+        weights=rollouts.valid.float(),
+        finished=rollouts.finished,
+        group_size=rollouts.group_size,
+    )
+
+
+def advantages_of(
+    rollouts: Rollouts, values: PerToken, algorithm: Algorithm, price: float, moments: RunningMoments
+) -> tuple[PerToken, PerToken]:
+    """Advantages of every token, and the returns that a critic learns (zeros without one)."""
+    mask, name = rollouts.mask, algorithm.advantage
+    settings = parse_arguments(algorithm.advantage_arguments)
+    if name in SEQUENCE_ADVANTAGES:
+        priced = shaped_scores(rollouts, algorithm, moments) - price * torch.where(mask, rollouts.kl, 0).sum(-1)
+        given = Scores(priced, rollouts.valid, rollouts.baseline, rollouts.group_size)
+        function = SEQUENCE_ADVANTAGES[name]
+        return spread(function(given, **check_arguments(function, settings)), mask), torch.zeros_like(values)
+    rewards, function = token_rewards(rollouts, algorithm, price, moments), TOKEN_ADVANTAGES[name]
+    inputs = (rewards, values, mask) if name == "gae" else (rewards, mask)
+    found = function(*inputs, **check_arguments(function, settings))
+    return (found, torch.zeros_like(values)) if isinstance(found, Tensor) else found
+
+
+def shaped_scores(rollouts: Rollouts, algorithm: Algorithm, moments: RunningMoments) -> PerSequence:
+    """The scores as they are credited: shaped by their history, and with the score of answers that were cut."""
+    function = SCORE_SHAPES[algorithm.score_shape]
+    settings = check_arguments(function, parse_arguments(algorithm.score_arguments))
+    return with_cut_score(function(rollouts.scores, moments, **settings), rollouts.finished, algorithm)
+
+
+def token_rewards(rollouts: Rollouts, algorithm: Algorithm, price: float, moments: RunningMoments) -> PerToken:
+    """What every token earned: the price of its KL, and at the last one the score."""
+    scores = shaped_scores(rollouts, algorithm, moments)
+    return shaped_rewards(scores, rollouts.kl, rollouts.mask, coefficient=price)
+
+
+def foresight(batch: PolicyBatch, rewards: PerToken, algorithm: Algorithm) -> float:
+    """The share of the spread of what came that the critic's values explain; see `explained_variance`.
+
+    Against the sum of the rewards to come, not the returns that the critic learns: below lambda 1 those contain its own
+    values.
+    """
+    gamma = float(parse_arguments(algorithm.advantage_arguments).get("gamma", 1))
+    return explained_variance(batch.old_values, reward_to_go(rewards, batch.mask, gamma=gamma), batch.mask)
