@@ -20,8 +20,8 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "bodies", "projection", "models", "sampling", "rewards", "judges"),
-        *("memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
-        *("checkpoint", "parallel", "run"),
+        *("memory", "reference_cache", "references", "rollouts", "selection", "critic", "health", "objectives"),
+        *("learner", "checkpoint", "parallel", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
