@@ -92,7 +92,8 @@ def test_online_dpo_with_a_judge(prompts: str, tmp_path: Path, capsys: pytest.Ca
     metrics, evals, rollouts = (rows_of(out, name) for name in ("metrics", "evals", "rollouts"))
     assert metrics[0].keys() >= PREFERENCES and "reward" not in metrics[0]
     assert evals[0]["win_rate"] == evals[0]["win_rate_low"] == 0.5, "the start's answers are its own"
-    assert 0 <= evals[-1]["win_rate"] <= 1 and evals[-1]["win_rate"] != 0.5
+    last = evals[-1]
+    assert 0 <= last["win_rate_low"] <= last["win_rate"] <= last["win_rate_high"] <= 1 and last["win_rate"] != 0.5
     unscored = sum(rollout["missed"].get("unscored", 0) for rollout in rollouts)
     told = " ".join(capsys.readouterr().err.split())
     assert unscored > 0 and f"learned from {12 - unscored} of 12 prompts drawn; {unscored} had too few" in told
@@ -202,9 +203,8 @@ def test_rollouts_of_ties_are_no_steps(prompts: str, tmp_path: Path, capsys: pyt
         assert not (out / "model").exists()
     out = train("online-dpo", prompts, tmp_path / "late", "--reward", "py:fresh_functions:late")
     told = " ".join(capsys.readouterr().err.split())
-    assert (
-        "ended after 2 of 3 steps" in told and "learned from 8 of 12 prompts drawn; 4 had answers that nothing" in told
-    )
+    assert "ended after 2 of 3 steps" in told
+    assert "learned from 8 of 12 prompts drawn; 4 had answers that nothing told apart" in told
     assert [row["step"] for row in rows_of(out, "metrics")] == [1, 2] and len(rows_of(out, "rollouts")) == 3
 
 

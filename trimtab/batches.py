@@ -382,7 +382,7 @@ class Referenced(Generic[B]):
 class FreshBatch:
     """A batch made of answers that the policy just drew, and figures about everything that was drawn for it.
 
-    A part of the batch holds its share of the figures, so that micro-batches add up to them.
+    Every part of the batch carries all of the figures: they are means, and adding a mean to itself leaves it as it is.
     """
 
     batch: DemonstrationBatch | Referenced[PairBatch]
@@ -400,9 +400,7 @@ class FreshBatch:
         return self.batch.item_rows()
 
     def select(self, items: Tensor) -> FreshBatch:
-        share = len(items) / self.size
-        figures = {name: Mean(mean.total * share, mean.count * share) for name, mean in self.figures.items()}
-        return FreshBatch(self.batch.select(items), figures)
+        return FreshBatch(self.batch.select(items), self.figures)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,9 @@ def against_start(
             raise ValueError(f"judge {judge.name} gave None for all {len(samples.texts)} held-out comparisons")
         wins = bootstrap_mean(said, config.run.seed)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
-        figures = {"win_rate": wins.value, "win_rate_low": wins.low, "win_rate_high": wins.high}
+        # The widened bootstrap of `bootstrap_mean` knows nothing of the ends of a share.
+        low, high = max(wins.low, 0.0), min(wins.high, 1.0)
+        figures = {"win_rate": wins.value, "win_rate_low": low, "win_rate_high": high}
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if step and config.run.eval_every and wins.value > best:
