@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PEER_VENV ?= .venv-trl
 MODEL ?=
 ARGS ?=
 PYTEST_ARGS ?=
@@ -11,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static test-slow format audit clean
+.PHONY: help demo test check static test-slow bench format audit clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ static: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+bench: $(VENV)/.installed $(PEER_VENV)/.installed ## speed and memory beside TRL (docs/performance.md; ARGS="--works dpo --pairs 1")
+	$(BIN)/python -m benchmarks cpu --peer-python $(PEER_VENV)/bin/python $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
 format: $(VENV)/.installed-dev ## rewrite the code the way `make check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,7 +44,7 @@ audit: $(VENV)/.installed-dev ## look the pinned versions up among the known vul
 	$(BIN)/pip-audit --skip-editable
 
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER_VENV) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml and constraints.txt exactly when the environment matches them.
@@ -53,6 +57,12 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing trimtab and its development tools into $(VENV) (a few minutes the first time)."
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(PEER_VENV)/.installed: $(BIN)/python benchmarks/requirements-trl.txt constraints.txt
+	@echo "Installing TRL into $(PEER_VENV) (a few minutes the first time)."
+	test -x $(PEER_VENV)/bin/python || $(BIN)/python -m venv $(PEER_VENV)
+	$(PEER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-trl.txt
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

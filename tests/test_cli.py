@@ -49,7 +49,7 @@ def train(command: str, data: str, out: Path, *flags: str) -> None:
     ("command", "rows", "flags"),
     [
         ("sft", DEMONSTRATIONS, []),
-        ("sft", DEMONSTRATIONS, ["--packing"]),
+        ("sft", DEMONSTRATIONS, ["--no-packing"]),
         ("reward", PAIRS, []),
         ("reward", RANKINGS, []),
         ("dpo", PAIRS, ["--loss", "ipo", "--loss-args", "tau=0.2"]),

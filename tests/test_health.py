@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trimtab.batches import Rollouts
+from trimtab.batches import Mean, Rollouts
 from trimtab.health import ADVICE, Health, signs, sinking
+from trimtab.recipes.training import Items, held_out
 from trimtab.tokens import Row, pad
 
 ROWS = [[1, 2, 3, 4, 5, 9], [2, 2, 3, 1, 9], [4, 9], [5, 5, 9], [1, 2, 1, 2, 1, 9], [6, 9], [7, 8, 6, 5, 4], [3, 2, 9]]
@@ -108,3 +109,17 @@ def test_chosen_and_rejected_answers_that_both_sink_are_told() -> None:
     told = sinking(first, {"chosen_logprob": -60.0, "rejected_logprob": -90.0})
     assert told and "-40.0 to -60.0" in told and "-50.0 to -90.0" in told and "--lr" in told
     assert sinking({"loss": 1.0}, {"loss": 0.5}) is None
+
+
+def test_an_evaluation_tells_once_that_both_sink(capsys: pytest.CaptureFixture[str]) -> None:
+    courses = iter([(-40.0, -50.0), (-50.0, -90.0), (-60.0, -99.0)])
+
+    class Scripted:
+        def evaluate(self, batches: list) -> tuple[Mean, dict[str, Mean]]:
+            chosen, rejected = (Mean.of(torch.tensor(value)) for value in next(courses))
+            return Mean.of(torch.tensor(0.5)), {"chosen_logprob": chosen, "rejected_logprob": rejected}
+
+    evaluate = held_out(Scripted(), Items([], lambda items, pad_id: None, 0), 4)  # pyright: ignore[reportArgumentType]
+    assert evaluate is not None
+    told = [(evaluate(step), " ".join(capsys.readouterr().err.split()))[1] for step in range(3)]
+    assert ["both became less likely" in text for text in told] == [False, True, False]

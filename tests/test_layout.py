@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from trimtab.batches import Tokens
-from trimtab.layout import PADDING_GROUP, Layout, fill_bins, find_groups, lay_out
+from trimtab.layout import Arrangement, Layout, arrange, cost, even_bins, fill_bins, find_groups, lay_out, pair_price
 
 
 def make_tokens(rows: list[tuple[list[int], list[int]]], *, left: bool = False) -> Tokens:
@@ -62,32 +63,91 @@ def test_sharing_runs_the_prompt_once() -> None:
     tokens = make_tokens(PAIR)
     shared = lay_out(tokens, share=True, capacity=100)
     # 3 + 2 + 1 tokens for the first pair and 1 + 3 + 1 for the second.
-    assert int((shared.group != PADDING_GROUP).sum()) == 11
-    assert int((lay_out(tokens, share=False).group != PADDING_GROUP).sum()) == 15
+    assert shared.ids.shape == (1, 11)
+    assert (lay_out(tokens, share=False).ids != 0).sum() == 15
 
 
 def test_hand_layout_of_a_pair() -> None:
     layout = lay_out(make_tokens(PAIR[:2]), share=True)
     assert layout.ids.tolist() == [[5, 6, 7, 1, 2, 3]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert layout.until.tolist() == [[5, 5, 5, 4, 4, 5]]
     assert layout.mask()[0, 0, 5].tolist() == [True, True, True, False, False, True]
+    assert layout.mask(window=2)[0, 0, 5].tolist() == [False, False, True, False, False, True]
 
 
 def test_prompts_that_differ_are_not_shared() -> None:
     tokens = make_tokens([([5, 6], [1]), ([5, 7], [1]), ([5], [6, 1])])
-    assert [group.shared for group in find_groups(tokens, share=True)] == [0, 0, 0]
+    assert find_groups(tokens, share=True).shared.tolist() == [0, 0, 0]
 
 
 def test_rows_that_are_not_neighbours_are_not_shared() -> None:
     tokens = make_tokens([([5], [1]), ([6], [1]), ([5], [2])])
-    assert [len(group.columns) for group in find_groups(tokens, share=True)] == [1, 1, 1]
+    assert find_groups(tokens, share=True).number.tolist() == [0, 1, 2]
 
 
-def test_bins_hold_everything_once_within_capacity() -> None:
-    bins = fill_bins([5, 9, 3, 4, 2], capacity=10)
+@pytest.mark.parametrize("price", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("capacity", [0, 3, 10])
+def test_bins_hold_everything_once_within_capacity(price: float, capacity: int) -> None:
+    lengths = [5, 9, 3, 4, 2]
+    bins = fill_bins(lengths, capacity, price)
     assert sorted(item for members in bins for item in members) == [0, 1, 2, 3, 4]
-    assert all(sum([5, 9, 3, 4, 2][item] for item in members) <= 10 for members in bins)
-    assert len(bins) == 3
+    if capacity:
+        assert all(sum(lengths[item] for item in members) <= max(capacity, 9) for members in bins)
+
+
+def test_bins_worked_by_hand() -> None:
+    """Of 5, 9, 3, 4, 2: one bin holds 23, two 11 and 12, three 9, 7 and 7."""
+    lengths = [5, 9, 3, 4, 2]
+    assert even_bins(lengths, 2) == [[1, 2], [0, 3, 4]]
+    assert even_bins(lengths, 3) == [[1], [0, 4], [3, 2]]
+    assert [len(fill_bins(lengths, 0, price)) for price in (0.0, 0.02, 0.1)] == [1, 2, 3]
+    # 23 (1 + 0.02 * 23) = 33.6; 24 (1 + 0.02 * 12) = 29.8; 27 (1 + 0.02 * 9) = 31.9
+    assert cost((1, 23), 0.02) == pytest.approx(33.58)
+    assert len(fill_bins(lengths, 11, 0.0)) == 3, "12 do not fit"
+
+
+def test_rows_without_an_answer_are_not_shared() -> None:
+    tokens = make_tokens([([5, 6], []), ([5, 6], []), ([5, 6], [1])])
+    assert find_groups(tokens, share=True).shared.tolist() == [0, 0, 0]
+
+
+def test_padding_sees_itself_only() -> None:
+    layout = lay_out(make_tokens([([5, 6], [1, 2]), ([7], [1])]), share=True, capacity=4)
+    assert layout.ids.tolist() == [[5, 6, 1, 2], [7, 1, 0, 0]]
+    assert layout.mask()[1, 0, 2:].tolist() == [[False, False, True, False], [False, False, False, True]]
+
+
+# ---- What a layout costs
+
+
+def test_costs_worked_by_hand() -> None:
+    """Width 64: a pair costs 4 / (6 * 64) = 1/96 token. Two rows of 48 tokens: 96 tokens and 2 * 48^2 / 96 = 48."""
+    assert pair_price(64) == pytest.approx(1 / 96)
+    assert cost((2, 48), 1 / 96) == pytest.approx(96 + 48)
+    assert cost((1, 64), 0.0) == 64
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "answers", "width", "shares"),
+    [
+        (40, 10, 2, 576, True),  # 60 tokens for 100
+        (4, 40, 2, 576, False),  # 84 tokens for 88: too few saved
+        (40, 40, 8, 100_000, True),  # 360 tokens for 640, and attention costs next to nothing
+        (40, 40, 8, 32, False),  # the same: 360 pairs a token cost 7.5, 80 in rows 1.7
+    ],
+)
+def test_prompts_are_shared_where_that_is_cheaper(
+    prompt: int, answer: int, answers: int, width: int, shares: bool
+) -> None:
+    tokens = make_tokens([([5] * prompt, [1 + i] * answer) for i in range(answers)])
+    layout = arrange(tokens, Arrangement(), pair_price(width))
+    assert (layout is not None) == shares
+    explicit = arrange(tokens, Arrangement(capacity=1), pair_price(width))
+    assert explicit is not None, "packing that is asked for is done"
+
+
+# ---- Any rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,9 +162,20 @@ def test_bins_hold_everything_once_within_capacity() -> None:
     ),
     st.booleans(),
     st.integers(0, 40),
+    st.sampled_from([0.0, 0.01, 1.0]),
 )
-def test_any_rows_any_layout(items: list[tuple[list[int], list[list[int]]]], share: bool, capacity: int) -> None:
+def test_any_rows_any_layout(
+    items: list[tuple[list[int], list[list[int]]]], share: bool, capacity: int, price: float
+) -> None:
     tokens = make_tokens([(prompt, answer) for prompt, answers in items for answer in answers])
-    layout = lay_out(tokens, share=share, capacity=capacity)
+    layout = lay_out(tokens, share=share, capacity=capacity, pair_price=price)
     real = tokens.attention_mask
     assert torch.allclose(through(tokens, layout)[real], by_rows(tokens)[real])
+    assert one_definition(layout, window=None)
+    assert one_definition(layout, window=2)
+
+
+def one_definition(layout: Layout, window: int | None) -> bool:
+    """Whether the mask that FlexAttention evaluates is the dense one."""
+    sequences, length = layout.ids.shape
+    return torch.equal(create_mask(layout.mask_mod(window), sequences, 1, length, length, "cpu"), layout.mask(window))

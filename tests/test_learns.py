@@ -14,7 +14,7 @@ import torch
 from trimtab.algorithms import ALGORITHMS, Algorithm
 from trimtab.batches import Referenced, move
 from trimtab.builtin import tiny_policy
-from trimtab.critic import ActorCritic, values_before
+from trimtab.critic import PolicyWithCritic, values_before
 from trimtab.judges import JudgedReward, RuleJudge
 from trimtab.kl import AdaptiveCoefficient, FixedCoefficient
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -233,7 +233,7 @@ def online(
         critic.scale_by(0.0)
     reference = policy.reference()
     stages = Stages(
-        draw=lambda some, n, *, step: sample(policy, some, n, max_new_tokens=3, seed=step),
+        draw=lambda prompts, n, *, step: sample(policy, prompts, n, max_new_tokens=3, seed=step),
         greedy=lambda some: sample(policy, some, max_new_tokens=3, temperature=0.0),
         reward=reward,
         reference=reference.logprobs,
@@ -248,7 +248,7 @@ def online(
     others = [(critic.trainable_parameters(), critic_lr)] if critic else []
     optimizer = make_optimizer(policy.trainable_parameters(), lr=lr, weight_decay=0.0, others=others)
     schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
-    model = ActorCritic(policy, critic) if critic else policy
+    model = PolicyWithCritic(policy, critic) if critic else policy
     learner = Learner(model, objective_of(row, max_new_tokens=3), optimizer, schedule, micro_batch_rows=64)
     return Online(learner, batches, told)
 

@@ -206,7 +206,8 @@ def test_families_agree_with_their_own_full_forward(family: str) -> None:
         assert_close(by_row(policy.logprobs(tokens), tokens), literal_logprobs(policy.model, tokens))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3_text", "gpt2", "gpt_neox", "opt"])
+# Families that the grid of `test_layout_grid.py` leaves out.
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma2", "phi", "opt", "olmo2", "cohere", "granite"])
 def test_layouts_change_nothing(family: str) -> None:
     policy = make_policy(network_of(family), byte_tokenizer(), **FLOAT32)
     shared = [5, 6, 7, 8, 9, 10]
@@ -336,7 +337,7 @@ def test_log_probabilities_at_a_temperature_are_of_logits_divided_by_it(lora_ran
     if lora_rank:  # the base, at the same temperature
         assert not torch.allclose(start, plain, atol=0.1) and not torch.allclose(start, found, atol=0.1)
     else:
-        torch.testing.assert_close(start, found, atol=1e-6, rtol=0)
+        torch.testing.assert_close(start, found, atol=1e-5, rtol=0)
         assert policy.kl(tokens, reference).abs().max() < 1e-6
 
 

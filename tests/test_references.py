@@ -7,21 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab.batches import Referenced
 from trimtab.builtin import tiny_policy
-from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import combine
-from trimtab.losses.preference import ALL_LOSSES, PREFERENCE_LOSSES
-from trimtab.losses.reward import REWARD_LOSSES
-from trimtab.losses.unpaired import UNPAIRED_LOSSES
-from trimtab.models import Policy, load_policy, load_scalar
-from trimtab.objectives import DemonstrationObjective, FeedbackObjective, PreferenceObjective, RewardObjective
+from trimtab.losses.preference import ALL_LOSSES
+from trimtab.models import Policy, load_policy
+from trimtab.objectives import PreferenceObjective
 from trimtab.recipes import training
 from trimtab.recipes.dpo import Dpo
 from trimtab.recipes.options import DataOptions, ModelOptions, RunOptions
-from trimtab.records import Demonstration, Feedback, Preference, Prompt
+from trimtab.records import Preference, Prompt
 from trimtab.references import LiveReference, NoReference, blend, moving, scoring_batches, store
-from trimtab.tokens import demonstration_batch, encode, encode_feedback, feedback_batch, pair_batch
+from trimtab.tokens import encode, pair_batch
 
 PROMPTS = [Prompt.from_user(f"Question {i}{'?' * i}") for i in range(4)]
 PAIRS = [Preference(prompt, f"yes {i}" * (i + 1), "no") for i, prompt in enumerate(PROMPTS)]
@@ -128,46 +124,3 @@ def test_a_moving_reference_is_updated_before_every_nth_batch_is_drawn() -> None
     assert events[: 2 * 2] == drawn[:4]
     assert [event for event in events if event.startswith("update")] == ["update 0.5", "update 0.5"]
     assert events.index("update 0.5") < events.index("draw 2") < events.index("step 2")
-
-
-def learner_of(model: Any, objective: Any, rows: int) -> Learner:
-    optimizer = make_optimizer(model.trainable_parameters(), lr=0.0, weight_decay=0.0)
-    schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
-    return Learner(model, objective, optimizer, schedule, micro_batch_rows=rows, max_grad_norm=0)
-
-
-def case(name: str) -> tuple[Any, Any, Any]:
-    """A model, an objective and a batch of each command."""
-    if name == "reward":
-        model = load_scalar("tiny", new_head=True, dtype="float32", device="cpu")
-        return model, RewardObjective(combine(REWARD_LOSSES, "bradley_terry")), pairs_of(model)[1]
-    policy = load_policy("tiny", dtype="float32", device="cpu", lora_rank=4 if name == "lora" else 0)
-    if name == "sft":
-        records = [Demonstration(pair.prompt, pair.chosen) for pair in PAIRS]
-        items, _ = encode(policy.tokenizer, records, max_length=400)
-        return policy, DemonstrationObjective(), demonstration_batch(items, policy.pad_id)
-    if name == "kto":
-        records = [Feedback(pair.prompt, pair.chosen, i % 2 == 0) for i, pair in enumerate(PAIRS)]
-        items, _ = encode_feedback(policy.tokenizer, records, seed=0, max_length=400)
-        objective, batch = FeedbackObjective(combine(UNPAIRED_LOSSES, "kto")), feedback_batch(items, policy.pad_id)
-    else:
-        loss = name if name in PREFERENCE_LOSSES else "dpo"
-        objective, batch = PreferenceObjective(combine(ALL_LOSSES, loss)), pairs_of(policy)[1]
-    with torch.no_grad():
-        logprobs = tiny_policy(seed=1).logprobs(batch.tokens)
-    return policy, objective, Referenced(batch, logprobs)
-
-
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo", "lora", "aot", "ipo", "orpo", "kto"])
-def test_a_transformers_gradient_does_not_depend_on_micro_batches_or_layout(name: str, share: bool) -> None:
-    gradients = []
-    for rows in (8, 4, 2):
-        model, objective, batch = case(name)
-        model.body.use_layout(share=share and rows != 2)
-        learner = learner_of(model, objective, rows)
-        learner.step(batch)
-        gradients.append(torch.cat([p.grad.flatten() for p in learner.parameters if p.grad is not None]))
-    assert gradients[0].abs().max() > 1e-4
-    for gradient in gradients[1:]:
-        assert (gradient - gradients[0]).abs().max() < 1e-6 * max(1, gradients[0].abs().max().item())

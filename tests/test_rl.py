@@ -124,10 +124,21 @@ def test_a_spent_kl_budget_ends_the_run_with_its_model(
     assert "the --kl-budget 0.5 is spent" in told
     assert rows_of(out, "rollouts")[-1]["kl"] >= 0.5 > max(row["kl"] for row in rows_of(out, "rollouts")[:-1])
     assert [row["step"] for row in evals] == list(range(steps + 1))
-    best = max(evals[1:], key=lambda row: row["reward"])
-    kept, last = (out / folder / "model.safetensors" for folder in ("checkpoints/best", "model"))
-    assert kept.exists() and last.exists()
-    assert (kept.read_bytes() == last.read_bytes()) == (best["step"] == steps)
+    assert (out / "model" / "model.safetensors").exists() and (out / "checkpoints" / "best").exists()
+
+
+def test_the_best_policy_on_held_out_prompts_is_kept(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scripted_rewards.py").write_text(SCRIPTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    held_out = write(tmp_path / "held_out.jsonl", PROMPTS[:3])
+    flags = ["--reward", "py:scripted_rewards:held_out_best_at_2", "--eval-data", held_out, "--eval-every", "1"]
+    out = run_rl("rloo", prompts, tmp_path / "run", *flags, "--save-every", "1")
+    assert [row["reward"] for row in rows_of(out, "evals")] == [9.0, 1.0, 3.0, 2.0]
+    saved = {path.name: (path / "model.safetensors").read_bytes() for path in (out / "checkpoints").iterdir()}
+    assert saved["best"] == saved["step-00000002"] != saved["step-00000001"]
+    assert (out / "model" / "model.safetensors").read_bytes() == saved["step-00000003"] != saved["best"]
 
 
 def test_a_target_moves_the_price(prompts: str, tmp_path: Path) -> None:
@@ -160,6 +171,15 @@ def test_memory_and_layout_change_no_loss(command: str, prompts: str, tmp_path: 
         assert losses[name] == pytest.approx(losses["plain"], abs=1e-4), name
     assert json.loads((runs["again"] / "environment.json").read_text())["gradient_checkpointing"] == "on, as asked"
 
+
+SCRIPTED = """
+evaluations = iter([9.0, 1.0, 3.0, 2.0])
+
+def held_out_best_at_2(completions):
+    if len(completions) == 6:  # two answers to each of three held-out prompts
+        return [next(evaluations)] * 6
+    return [float(len(text[0]["content"])) for text in completions]
+"""
 
 FUNCTIONS = """
 def some(prompts, completions, answer):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.bigram import Bigram
 from trimtab.algorithms import ALGORITHMS, Algorithm
 from trimtab.batches import PolicyBatch, Tokens
 from trimtab.builtin import tiny_policy
-from trimtab.critic import ActorCritic, values_before
+from trimtab.critic import PolicyWithCritic, values_before
 from trimtab.health import Health
 from trimtab.kl import AdaptiveCoefficient, FixedCoefficient, KlBudget
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -165,6 +165,37 @@ def test_scores_are_shaped_by_their_history_before_they_are_credited() -> None:
     assert roll(samples, LENGTH, row, critic=zeros).batch.advantages.sum(-1).tolist() == [-0.5, 0.5]
 
 
+def test_groups_compare_shaped_scores() -> None:
+    samples = answered([[1, 2, 3], [1, END]], [False, True], n=2)
+    row = replace(ALGORITHMS["rloo"], kl_coefficient=0.0, unfinished_score=-1.0, score_arguments=("clip=2",))
+    batch = roll(samples, LENGTH, row).batch
+    assert batch.advantages[:, 2].tolist() == [-1.0 - 2.0, 2.0 + 1.0] and batch.scores.tolist() == [5.0, 3.0]
+
+
+def test_answers_that_are_used_again_have_the_log_probabilities_of_training() -> None:
+    samples = answered([[1, 2, END], [3, END]], [True, True], n=2)
+
+    def otherwise(tokens: Tokens) -> Tensor:
+        return torch.where(tokens.response_mask, -1.5, 0.0)
+
+    mask = samples.tokens.response_mask
+    for name, expected in {"ppo": -1.5, "rloo": -1.0}.items():
+        found = roll(samples, LENGTH, ALGORITHMS[name], policy=otherwise, critic=zeros if name == "ppo" else None)
+        assert torch.equal(found.batch.old_logprobs, torch.where(mask, expected, 0))
+        assert torch.equal(found.batch.sampled_logprobs, samples.sampled_logprobs)
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo"])
+def test_the_gap_is_between_training_and_sampling_of_the_policy_that_drew(name: str) -> None:
+    objective, batch = objective_of(ALGORITHMS[name], max_new_tokens=5), bigram.drawn()
+    policy = Bigram(1)
+    with torch.no_grad():
+        _, metrics = objective.loss(objective.outputs(policy, batch), batch)
+        old = policy.logprobs(batch.tokens) if name == "rloo" else batch.old_logprobs
+    expected = (old - batch.sampled_logprobs)[batch.mask].abs().mean().item()
+    assert metrics["logprob_gap"].item() == pytest.approx(expected) and expected > 0.1
+
+
 def only(*kept: int) -> RuleReward:
     """A reward that counts characters, of the answers at some places of its calls; None for the others."""
     asked: list[int] = []
@@ -220,7 +251,7 @@ def scalar(seed: int = 0) -> ScalarModel:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_value_is_read_before_its_token(side: str) -> None:
+def test_a_value_is_read_before_its_token(side: Literal["left", "right"]) -> None:
     critic = scalar()
     rows = [Row([1, 2, 3, 4, 5], [False, False, True, True, True]), Row([6, 7, 8], [False, True, True])]
     tokens = pad(rows, critic.pad_id, side=side)
@@ -235,7 +266,7 @@ def test_a_value_is_read_before_its_token(side: str) -> None:
 
 
 def learner_of(model: Any, row: Algorithm, lr: float = 1e-3, critic_lr: float = 1e-2, **options: Any) -> Learner:
-    others = [(model.critic.trainable_parameters(), critic_lr)] if isinstance(model, ActorCritic) else []
+    others = [(model.critic.trainable_parameters(), critic_lr)] if isinstance(model, PolicyWithCritic) else []
     optimizer = make_optimizer(model.trainable_parameters(), lr=lr, weight_decay=0.0, others=others)
     schedule = make_schedule(optimizer, kind="constant", warmup_steps=0, steps=1)
     return Learner(model, objective_of(row, max_new_tokens=8), optimizer, schedule, micro_batch_rows=8, **options)
@@ -269,7 +300,7 @@ def test_the_first_step_finds_kl_0_and_ratio_1(name: str, lora_rank: int, temper
     policy, row = tiny_policy(lora_rank=lora_rank), ALGORITHMS[name]
     policy.module.temperature = temperature
     critic = scalar() if row.critic else None
-    learner = learner_of(ActorCritic(policy, critic) if critic else policy, row)
+    learner = learner_of(PolicyWithCritic(policy, critic) if critic else policy, row)
     told: list[Account] = []
     batches = batches_of(real_stages(policy, critic, LENGTH), row, watch=told.append)
     first = learner.step(next(batches))
@@ -357,7 +388,7 @@ def test_a_minibatch_without_any_score_is_left_out() -> None:
 def test_only_the_critic_learns_at_first(lora_rank: int) -> None:
     row = replace(ALGORITHMS["ppo"], epochs=1)
     policy, critic = tiny_policy(lora_rank=lora_rank), scalar()
-    learner = learner_of(ActorCritic(policy, critic), row)
+    learner = learner_of(PolicyWithCritic(policy, critic), row)
     for group in learner.optimizer.param_groups:
         group["weight_decay"] = 0.1
     weights = policy.trainable_parameters()

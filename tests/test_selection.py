@@ -12,7 +12,7 @@ import torch
 from tests.bigram import Bigram
 from trimtab.builtin import tiny_policy
 from trimtab.judges import JudgedReward, RuleJudge
-from trimtab.layout import lay_out
+from trimtab.layout import find_groups
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import combine
 from trimtab.losses.preference import ALL_LOSSES
@@ -139,8 +139,7 @@ def test_the_two_answers_of_a_pair_share_their_prompt() -> None:
     reward = by_text({"a": 1.0, "b": 0.0, "c": 2.0, "d": 3.0, "e": 9.0, "ee": 5.0})
     drawn = one_rollout(["a", "b", "c", "d", "e", "ee"], 2, reward)
     pairs = chosen_pairs(drawn.rollouts, drawn.selection.rows)
-    laid_out = lay_out(pairs.tokens, share=True)
-    assert laid_out.ids.shape[0] == 3, "one sequence a pair"
+    assert find_groups(pairs.tokens, share=True).number.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_demonstrations_are_the_tokens_drawn() -> None:

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from trimtab.attention import FLEX, Attention, can_take_flex, implementation_of, layout_masks, set_flex
 from trimtab.batches import PerToken, Tokens, move
-from trimtab.layout import Arrangement, Layout, arrange, lay_out
+from trimtab.layout import Arrangement, Layout, arrange, lay_out, pair_price, positions_of
 from trimtab.precision import Precision
 from trimtab.projection import Head, States, TokenStatistics, head_of, log_distributions, logprobs_of, statistics_of
 from trimtab.weights import score_head
+
+FLEX_PROBE = 200
+"""Tokens of each row that FlexAttention is tried on: more than one of its blocks of 128."""
+FLOAT32 = Precision(None, "float32")
+UNFIT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+"""What a transformer raises when it is given a mask that it was not written for."""
 
 
 def predicting(tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -34,11 +43,6 @@ def at_responses(tokens: Tokens, values: Tensor) -> PerToken:
     return values.new_zeros(tokens.ids.shape).masked_scatter(tokens.response_mask, values)
 
 
-def positions_of(tokens: Tokens) -> Tensor:
-    """Each real token's number in its row, from 0, whichever side the padding is on."""
-    return (tokens.attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
 def takes_positions(body: nn.Module) -> bool:
     """Whether a transformer can be told the positions of its tokens; others find them from the mask or have none."""
     return "position_ids" in inspect.signature(body.forward).parameters
@@ -46,40 +50,26 @@ def takes_positions(body: nn.Module) -> bool:
 
 def run_rows(model: nn.Module, tokens: Tokens) -> Any:
     """A model's outputs on padded rows. Mask and positions are given, so padding on either side changes nothing."""
-    positions = {"position_ids": positions_of(tokens)} if takes_positions(model) else {}
+    positions = {"position_ids": positions_of(tokens.attention_mask)} if takes_positions(model) else {}
     return model(input_ids=tokens.ids, attention_mask=tokens.attention_mask.long(), use_cache=False, **positions)
 
 
-def layout_masks(config: PreTrainedConfig, layout: Layout) -> Tensor | dict[str, Tensor]:
-    """A layout's attention mask, narrowed to the window of layers that slide; one per kind of layer if they differ."""
-    mask = layout.mask()
-    window = getattr(config, "sliding_window", None)
-    near = mask
-    if window:
-        distance = layout.positions[:, None, :, None] - layout.positions[:, None, None, :]
-        near = mask & (distance < window)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"no mask is known for layers of kind {', '.join(sorted(unknown))}")
-    masks = {kind: near if kind == "sliding_attention" else mask for kind in kinds}
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def probe_tokens(network: PreTrainedModel) -> Tokens:
-    """Two short rows of random ids with one prompt, one padded on the left; the last tokens of each are its response.
+def probe_tokens(network: PreTrainedModel, length: int = 9) -> Tokens:
+    """Two rows of random ids with one prompt of a third of `length`, the second padded on the left by two.
 
     No real id is the padding id, by which transformers' own classifiers find a row's end.
     """
     config = network.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     pad = config.pad_token_id or 0
-    ids = torch.randint(config.vocab_size - 1, (2, 9), generator=generator)
+    prompt, padding = length // 3, 2
+    ids = torch.randint(config.vocab_size - 1, (2, length), generator=generator)
     ids += ids >= pad
-    ids[1, 2:5] = ids[0, :3].clone()
-    ids[1, :2] = pad
-    columns = torch.arange(9)
-    attended = torch.stack([columns >= 0, columns >= 2])
-    response = torch.stack([columns >= 3, columns >= 5])
+    ids[1, padding : padding + prompt] = ids[0, :prompt].clone()
+    ids[1, :padding] = pad
+    columns = torch.arange(length)
+    attended = torch.stack([columns >= 0, columns >= padding])
+    response = torch.stack([columns >= prompt, columns >= padding + prompt])
     return move(Tokens(ids, attended, response), network.device)
 
 
@@ -87,24 +77,35 @@ class Body(nn.Module):
     """A transformer without its head, which runs rows as they are or laid out in shared sequences.
 
     `arrangement` says how rows may be laid out; None runs them as they are. Prompts are shared unless the family
-    cannot.
+    cannot. `why` says in words which attention runs layouts.
     """
 
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
         self.arrangement = Arrangement() if self.can_lay_out else None
+        self.why = "the family's own attention, by default"
+
+    @property
+    def attention(self) -> str:
+        """What runs layouts: "flex" for FlexAttention, else the name of transformers' implementation."""
+        implementation = implementation_of(self.network)
+        return "flex" if implementation == FLEX else implementation
 
     def layout(self, tokens: Tokens) -> Layout | None:
         """How these rows are run; None for as they are."""
-        return arrange(tokens, self.arrangement) if self.arrangement else None
+        if self.arrangement is None:
+            return None
+        if self.attention == "flex":
+            return lay_out(tokens, share=self.arrangement.share)
+        return arrange(tokens, self.arrangement, pair_price(self.network.config.get_text_config().hidden_size))
 
     def forward(self, tokens: Tokens, layout: Layout | None) -> Tensor:
         """Hidden states of the rows, `[B, T, D]`, or of the layout's sequences, `[S, L, D]`."""
         transformer = self.network.base_model
         if layout is None:
             return run_rows(transformer, tokens).last_hidden_state
-        masks = layout_masks(self.network.config.get_text_config(), layout)
+        masks = layout_masks(self.network, layout)
         inputs = {"input_ids": layout.ids, "attention_mask": masks, "position_ids": layout.positions}
         return transformer(**inputs, use_cache=False).last_hidden_state
 
@@ -114,15 +115,80 @@ class Body(nn.Module):
         states = self(tokens, layout)
         return states[rows, columns] if layout is None else states.flatten(0, 1)[layout.place[rows, columns]]
 
-    def use_layout(self, *, share: bool = True, capacity: int = 0) -> None:
-        """Share prompts or not, fill sequences up to `capacity` tokens; neither runs rows as they are.
+    def use_layout(
+        self,
+        *,
+        share: bool = True,
+        capacity: int = 0,
+        attention: Attention = "auto",
+        precision: Precision = FLOAT32,
+    ) -> None:
+        """Share prompts or not, fill sequences up to `capacity` tokens (0: see `Arrangement`).
 
-        ValueError for a family that gives other results then.
+        Without both, rows run as they are.
+
+        `attention` runs layouts: "auto" is FlexAttention on CUDA, if it gives what the family's own attention gives on
+        some random tokens in `precision`. FlexAttention puts all rows into one sequence, whatever the capacity.
+
+        ValueError for what the family, the device or the other arguments do not allow.
         """
-        if (share or capacity) and not self.can_lay_out:
-            name = type(self.network).__name__
+        lays_out = share or capacity > 0
+        name = type(self.network).__name__
+        if attention not in get_args(Attention):
+            raise ValueError(f"attention {attention}: allowed are {', '.join(get_args(Attention))}.")
+        if attention != "auto" and not lays_out:
+            raise ValueError(f"attention {attention} has no effect on rows as they are: share prompts or pack as well.")
+        if lays_out and not self.can_lay_out:
             raise ValueError(f"{name} cannot run several rows in one sequence; leave packing and prompt sharing off.")
-        self.arrangement = Arrangement(share, capacity) if share or capacity else None
+        if attention == "sdpa" and self.attention not in ("sdpa", "flex"):
+            raise ValueError(f"attention sdpa: {name} runs its own, {self.attention}. Use attention auto.")
+        self._choose_attention(attention if lays_out else "sdpa", precision)
+        self.arrangement = Arrangement(share, capacity) if lays_out else None
+
+    def _choose_attention(self, attention: Attention, precision: Precision) -> None:
+        tries_flex = attention == "flex" or (attention == "auto" and self.network.device.type == "cuda")
+        problem = self.why_not_flex(precision) if tries_flex else None
+        if attention == "flex" and problem:
+            raise ValueError(f"attention flex: {problem}. Use attention auto.")
+        set_flex(self.network, tries_flex and not problem)
+        asked = "as asked" if attention != "auto" else problem or f"chosen for {self.network.device.type}"
+        self.why = f"{self.attention}: {asked}"
+
+    def why_not_flex(self, precision: Precision) -> str | None:
+        """What keeps this model from FlexAttention; None if it runs and agrees, gradients included."""
+        if not can_take_flex(self.network):
+            return f"{type(self.network).__name__} does not leave its attention to transformers' sdpa"
+        if self.trains and self.network.device.type == "cpu":
+            return "FlexAttention has no backward pass on CPUs"
+        return self.flex_disagrees(precision)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any weight has a gradient."""
+        return any(parameter.requires_grad for parameter in self.network.parameters())
+
+    def flex_disagrees(self, precision: Precision) -> str | None:
+        """How FlexAttention differs from the model's own attention, which it keeps afterwards; None if it agrees.
+
+        On random rows of more than one of its blocks.
+        """
+        longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        tokens = probe_tokens(self.network, min(FLEX_PROBE, longest or FLEX_PROBE))
+        layout = lay_out(tokens, share=True)
+        set_flex(self.network, False)
+        with precision.context(self.network.device):
+            expected = probe(self, tokens, layout, as_rows=True)
+            try:
+                set_flex(self.network, True)
+                found = probe(self, tokens, layout, as_rows=False)
+            except UNFIT as error:  # its compiler's errors are RuntimeErrors; the run says why it goes without
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                return f"FlexAttention failed on this {self.network.device.type} ({reason})"
+            finally:
+                set_flex(self.network, False)
+        tolerance = 5e-2 if precision.autocast else 1e-3
+        agrees = all(relative_error(*pair) < tolerance for pair in zip(found, expected, strict=True))
+        return None if agrees else "FlexAttention gives other states or gradients than the model's own attention"
 
     @cached_property
     @torch.no_grad()
@@ -134,10 +200,49 @@ class Body(nn.Module):
         layout = lay_out(tokens, share=True)
         try:
             found = self(tokens, layout).flatten(0, 1)[layout.place]
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        except UNFIT:
             return False  # the family takes no mask of this shape; rows as they are, are always right
         expected = self(tokens, None)
         return torch.allclose(found[tokens.attention_mask], expected[tokens.attention_mask], rtol=1e-4, atol=1e-4)
+
+
+def probe(body: Body, tokens: Tokens, layout: Layout, *, as_rows: bool) -> list[Tensor]:
+    """States of the rows' tokens; of a model that trains, also a gradient at the embeddings, `[S, L, D]`."""
+    real = tokens.attention_mask
+    with torch.set_grad_enabled(body.trains), embedded(body.network) as entered:
+        states = body(tokens, None if as_rows else layout)
+        rows = (states if as_rows else states.flatten(0, 1)[layout.place])[real].float()
+        if not body.trains:
+            return [rows]
+        # Any fixed function of the states; their squares would not do, since a norm stands before them.
+        total = (rows * torch.arange(rows.numel(), device=rows.device).view_as(rows).cos()).sum()
+        gradient = torch.autograd.grad(total, entered[0])[0].float()
+    if as_rows:
+        places = gradient.new_zeros(layout.ids.numel(), gradient.shape[-1])
+        gradient = places.index_add(0, layout.place[real], gradient[real]).view(*layout.ids.shape, -1)
+    return [rows.detach(), gradient]
+
+
+@contextmanager
+def embedded(network: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The outputs of the input embeddings while this is open, which gradients can be taken at."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        wants = torch.is_grad_enabled() and not output.requires_grad
+        found.append(output.requires_grad_() if wants else output)
+        return found[-1]
+
+    handle = network.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest error of a token's vector, in units of the mean length of those vectors."""
+    return ((found - expected).norm(dim=-1).max() / expected.norm(dim=-1).mean()).item()
 
 
 class LanguageModel(nn.Module):

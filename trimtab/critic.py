@@ -14,7 +14,7 @@ from trimtab.models import Policy, ScalarModel
 
 
 @dataclass(frozen=True)
-class ActorCritic:
+class PolicyWithCritic:
     """The policy's log-probabilities and the critic's values. They share no weights, and `save` writes the policy."""
 
     policy: Policy

@@ -79,7 +79,8 @@ class Run:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one object to a .jsonl file of the run."""
-        with (self.directory / name).open("a", encoding="utf-8") as file:
+        # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
+        with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
 
     def train(

@@ -82,6 +82,17 @@ def test_a_run_alone_is_told_by_its_held_out_accuracy():
     assert training_verdict("sft", [{"step": 0, "loss": 2.0}]) == []
 
 
+def test_what_happened_to_the_held_out_reward_and_what_it_took():
+    before = {"step": 0, "reward": -0.5, "reward_low": -0.75, "reward_high": -0.25, "kl": 0.0}
+    after = {"step": 9, "reward": 1.25, "reward_low": 1.0, "reward_high": 1.5, "kl": 4.0}
+    assert training_verdict("rloo", [before, after]) == [
+        "Held-out reward of rloo went from \N{MINUS SIGN}0.50 to 1.25 (95% interval 1.00 to 1.50).",
+        "It ended 4.00 nats of KL per answer from its reference.",
+    ]
+    # Of a reward model, the mean score says nothing.
+    assert training_verdict("reward", [{"step": 0, "reward": 0.1}, {"step": 9, "reward": 3.0}]) == []
+
+
 def test_numbers_for_people():
     assert [signed(value) for value in (0.126, -0.126, 0.001, -0.001)] == ["+0.13", "−0.13", "0.00", "0.00"]
     assert [plain(value, 1) for value in (1.26, -1.26, -0.01)] == ["1.3", "−1.3", "0.0"]

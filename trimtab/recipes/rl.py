@@ -192,6 +192,7 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
     A model that has no reward head gets one of zeros, so that at first nothing is expected of any answer.
     """
     from trimtab.models import load_scalar
+    from trimtab.recipes import training
     from trimtab.rewards import ModelReward
     from trimtab.weights import has_reward_head
 
@@ -213,7 +214,7 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
         raise ValueError(f"{told}. Give a --critic that reads the same tokens, such as {model.model}.")
     if new_head:
         critic.scale_by(0.0)
-    critic.body.arrangement = policy.body.arrangement and critic.body.arrangement
+    training.lay_out(critic, config)
     return critic
 
 
@@ -243,7 +244,7 @@ def stages_of(
     from trimtab.rollouts import Stages, derived_seed
     from trimtab.sampling import sample
 
-    settings = asdict(config.sampling)
+    settings, group_size = asdict(config.sampling), config.algorithm.group_size
 
     def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
         return sample(policy, prompts, n, seed=derived_seed(config.run.seed, step), **settings)
@@ -259,7 +260,7 @@ def stages_of(
         policy=policy.logprobs,
         critic=partial(values_before, critic) if critic else None,
         exact_kl=partial(policy.kl, reference=reference) if algorithm.kl == "exact" else None,
-        max_rows=config.steps.micro_batch_rows,
+        max_rows=max(1, config.steps.micro_batch_rows // group_size) * group_size,  # whole groups share a prompt
     )
 
 
@@ -272,12 +273,12 @@ def learning(
     config: Rl,
 ) -> tuple[Any, Iterator[PolicyBatch | MixedBatch]]:
     """The learner, and the batches as it takes them: with demonstrations, and at first for the critic alone."""
-    from trimtab.critic import ActorCritic
+    from trimtab.critic import PolicyWithCritic
     from trimtab.objectives import MixedObjective
     from trimtab.recipes import training
 
     objective = objective_of(algorithm, max_new_tokens=config.sampling.max_new_tokens)
-    model = ActorCritic(policy, critic) if critic else policy
+    model = PolicyWithCritic(policy, critic) if critic else policy
     weights, warmup = policy.trainable_parameters(), config.critic.critic_warmup
     updates = batches if shown is None else with_demonstrations(batches, shown, objective, config)
     learner = training.make_learner(
@@ -318,6 +319,7 @@ def save_memory(run: Run, policy: Policy, critic: ScalarModel | None, prompts: S
 
     rows = max(config.steps.micro_batch_rows, config.algorithm.group_size)
     length = max(prompt_lengths(policy, prompts)) + config.sampling.max_new_tokens
+    length = length if config.ptx.ptx_data is None else max(length, config.data.max_length)
     models = [policy, critic] if critic else [policy]
     training.save_memory(run, models, config.steps.gradient_checkpointing, rows, length)
 

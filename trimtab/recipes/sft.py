@@ -26,8 +26,8 @@ class Sft:
     steps: StepOptions = field(default_factory=lambda: StepOptions(lr=2e-5, schedule="cosine"))
     turns: Literal["last", "all"] = "last"
     """Which assistant turns of a conversation carry loss."""
-    packing: bool = False
-    """Lay several demonstrations into one row of --max-length; none sees another. Changes speed, not the loss."""
+    packing: bool = True
+    """Lay several demonstrations into one sequence where that is faster; none sees another. Off: each runs alone."""
 
 
 def sft(config: Sft) -> None:

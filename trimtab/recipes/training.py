@@ -132,12 +132,21 @@ def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
         seed=config.run.seed,
         **arguments,
     )
-    share = config.steps.share_prompts and loaded.body.can_lay_out
-    loaded.body.use_layout(share=share, capacity=config.data.max_length if getattr(config, "packing", False) else 0)
-    console.print(f"{model.model} on {loaded.device}: {loaded.arithmetic.why}")
-    if config.steps.share_prompts and not share:
-        console.print(f"{model.model} cannot run answers with one prompt together: every row runs alone.")
+    lay_out(loaded, config)
+    console.print(f"{model.model} on {loaded.device}: {loaded.arithmetic.why}; {loaded.body.why}")
     return loaded
+
+
+def lay_out(model: Any, config: Any) -> None:
+    """Let rows share prompts and sequences as the options say, where the family can; says where it cannot."""
+    packing = getattr(config, "packing", True)
+    share = config.steps.share_prompts and packing
+    wanted, possible = share or (packing and hasattr(config, "packing")), model.body.can_lay_out
+    if wanted and not possible:
+        console.print(f"{config.model.model} cannot run several rows in one sequence: every row runs alone.")
+    # Rows that share prompts are packed as well; the limit is only needed without.
+    capacity = config.data.max_length if wanted and not share else 0
+    model.body.use_layout(share=share and possible, capacity=capacity if possible else 0, precision=model.arithmetic)
 
 
 def scoring(options: Any) -> dict[str, Any]:
@@ -248,7 +257,7 @@ def other_reference(policy: Any, config: Any) -> Any:
     )
     if other.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ValueError(f"--ref-model {config.ref_model} has another vocabulary than --model {model.model}.")
-    other.body.arrangement = policy.body.arrangement and other.body.arrangement
+    lay_out(other, config)
     return FrozenPolicy(other)
 
 

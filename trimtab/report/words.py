@@ -32,14 +32,21 @@ def _family_once(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def training_verdict(name: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the held-out accuracy of one run did, from its first evaluation to its last; empty when there is none."""
-    seen = [row for row in evals if number(row.get("accuracy")) is not None]
+    """What held-out accuracy, or reward and KL, of one run did from its first evaluation to its last; empty without."""
+    reward = [row for row in evals if number(row.get("reward_low")) is not None]
+    sentences = _course(name, "accuracy", evals) + _course(name, "reward", reward)
+    kl = number(reward[-1].get("kl")) if reward else None
+    return sentences + ([f"It ended {plain(kl)} nats of KL per answer from its reference."] if kl is not None else [])
+
+
+def _course(name: str, key: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    seen = [row for row in evals if number(row.get(key)) is not None]
     if not seen:
         return []
-    first, last = seen[0]["accuracy"], seen[-1]["accuracy"]
+    first, last = plain(seen[0][key]), plain(seen[-1][key])
     if len(seen) == 1:
-        return [f"Held-out accuracy of {name} is {first:.2f}{_between(seen[-1])}."]
-    return [f"Held-out accuracy of {name} went from {first:.2f} to {last:.2f}{_between(seen[-1])}."]
+        return [f"Held-out {key} of {name} is {first}{_between(seen[-1], key)}."]
+    return [f"Held-out {key} of {name} went from {first} to {last}{_between(seen[-1], key)}."]
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -53,9 +60,9 @@ def plain(value: float, digits: int = 2) -> str:
     return signed(value, digits).lstrip("+")
 
 
-def _between(row: Mapping[str, Any]) -> str:
-    low, high = number(row.get("accuracy_low")), number(row.get("accuracy_high"))
-    return "" if low is None or high is None else f" (95% interval {low:.2f} to {high:.2f})"
+def _between(row: Mapping[str, Any], key: str) -> str:
+    low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
+    return "" if low is None or high is None else f" (95% interval {plain(low)} to {plain(high)})"
 
 
 def _gain_sentence(entry: Mapping[str, Any], start: Mapping[str, Any]) -> str:
