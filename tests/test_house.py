@@ -20,8 +20,9 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
-        *("judges", "memory", "reference_cache", "references", "rollouts", "critic", "health", "objectives", "learner"),
-        *("checkpoint", "parallel", "run", "draws", "decoders", "llama", "key_values", "packing"),
+        *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
+        *("objectives", "learner", "checkpoint", "parallel", "run"),
+        *("draws", "decoders", "llama", "key_values", "packing"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
@@ -261,7 +262,10 @@ def test_every_registered_name_has_a_page():
     assert not silent, f"no page of docs/methods says {sorted(silent)} (in backticks)"
 
 
-LOGGING = ("objectives.py", "learner.py", "run.py", "losses/policy.py", "recipes/training.py", "recipes/rl.py")
+LOGGING = (
+    *("objectives.py", "learner.py", "run.py", "losses/policy.py", "selection.py"),
+    *("recipes/training.py", "recipes/rl.py", "recipes/fresh.py"),
+)
 FIGURES = ("Metrics", "dict[str, float]", "dict[str, Mean]", "Mapping[str, float]")
 
 

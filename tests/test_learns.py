@@ -15,6 +15,7 @@ from trimtab.algorithms import ALGORITHMS, Algorithm
 from trimtab.batches import Referenced, move
 from trimtab.builtin import tiny_policy
 from trimtab.critic import PolicyWithCritic, values_before
+from trimtab.judges import JudgedReward, RuleJudge
 from trimtab.kl import AdaptiveCoefficient, FixedCoefficient
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.losses.arguments import combine
@@ -25,6 +26,7 @@ from trimtab.models import Policy, load_scalar, make_scalar
 from trimtab.objectives import (
     DemonstrationObjective,
     FeedbackObjective,
+    FreshObjective,
     PreferenceObjective,
     RankingObjective,
     RewardObjective,
@@ -34,6 +36,7 @@ from trimtab.records import Demonstration, Feedback, Preference, Prompt, Ranking
 from trimtab.rewards import RuleReward
 from trimtab.rollouts import Account, History, Stages, policy_batches
 from trimtab.sampling import sample
+from trimtab.selection import above, best, best_and_worst, chosen_demonstrations, chosen_pairs, fresh_batches
 from trimtab.tokens import (
     demonstration_batch,
     encode,
@@ -286,3 +289,48 @@ def test_an_adaptive_price_holds_kl_at_its_target(bandit: Policy) -> None:
     last = kl[-40:]
     assert sum(last) / len(last) == pytest.approx(target, rel=0.15)
     assert history.coefficient.value != 0.5
+
+
+# ---- Some of the answers drawn
+
+
+def learn_from_some(
+    policy: Policy, reward: Any, pick: Any, collect: Any, objective: Any, *, lr: float = 1e-3, group_size: int = 2
+) -> list[dict[str, float]]:
+    """Forty steps on answers to `PULL`, eight groups each; the figures of every step."""
+    reference = policy.reference()
+    stages = Stages(
+        draw=lambda prompts, n, *, step: sample(policy, prompts, n, max_new_tokens=3, seed=step),
+        greedy=lambda prompts: sample(policy, prompts, max_new_tokens=3, temperature=0.0),
+        reward=reward,
+        reference=reference.logprobs,
+        policy=policy.logprobs,
+        max_rows=64,
+    )
+    learner = make_learner(policy, FreshObjective(objective), lr=lr)
+    batches = fresh_batches(itertools.repeat([PULL] * 8, 60), stages, pick, collect, group_size=group_size)
+    return [learner.step(batch) for batch in itertools.islice(batches, 40)]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "aot", "ld_dpo", "wpo", "dpo+0.2*preferred_ft"])
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_online_dpo_solves_a_bandit(loss: str, group_size: int, bandit: Policy) -> None:
+    before, objective = expected_worth(bandit), PreferenceObjective(combine(ALL_LOSSES, loss))
+    figures = learn_from_some(bandit, ARM_REWARD, best_and_worst, chosen_pairs, objective, group_size=group_size)
+    assert expected_worth(bandit) > before + 0.7
+    assert figures[-1]["reward"] > figures[0]["reward"] and figures[-1]["kl"] > 0.05
+
+
+def test_online_dpo_learns_what_a_judge_prefers(bandit: Policy) -> None:
+    judge = JudgedReward(RuleJudge("rule:arms", ARM_REWARD))
+    before, objective = expected_worth(bandit), PreferenceObjective(combine(ALL_LOSSES, "dpo"))
+    learn_from_some(bandit, judge, best_and_worst, chosen_pairs, objective)
+    assert expected_worth(bandit) > before + 0.7
+
+
+@pytest.mark.parametrize("pick", [best, partial(above, threshold=1.5)])
+def test_raft_solves_a_bandit(pick: Any, bandit: Policy) -> None:
+    before = expected_worth(bandit)
+    learn_from_some(bandit, ARM_REWARD, pick, chosen_demonstrations, DemonstrationObjective(), group_size=4)
+    assert expected_worth(bandit) > before + 0.7
+    assert arm_probabilities(bandit)["d"] < 0.1

@@ -10,7 +10,7 @@ Shape glossary: `B` rows (sequences), `T` tokens, `P` items (prompts, pairs, ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -376,6 +376,31 @@ class Referenced(Generic[B]):
     def select(self, items: Tensor) -> Referenced[B]:
         rows = rows_of(items, self.item_rows())
         return Referenced(self.batch.select(items), self.logprobs[rows][:, self.tokens.used_columns(rows)])
+
+
+@dataclass(frozen=True)
+class FreshBatch:
+    """A batch made of answers that the policy just drew, and figures about everything that was drawn for it.
+
+    Every part of the batch carries all of the figures: they are means, and adding a mean to itself leaves it as it is.
+    """
+
+    batch: DemonstrationBatch | Referenced[PairBatch]
+    figures: Mapping[str, Mean]
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.batch.tokens
+
+    @property
+    def size(self) -> int:
+        return self.batch.size
+
+    def item_rows(self) -> Tensor:
+        return self.batch.item_rows()
+
+    def select(self, items: Tensor) -> FreshBatch:
+        return FreshBatch(self.batch.select(items), self.figures)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ COMMANDS = {
             "reinforce": "the plain policy gradient",
         }.items()
     },
+    "online-dpo": Command("online_dpo", "OnlineDpo", "online_dpo", "DPO and its family on pairs of fresh answers"),
+    "raft": Command("raft", "Raft", "raft", "expert iteration: imitate the best of fresh answers"),
     "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),

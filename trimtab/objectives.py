@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.batches import (
     DemonstrationBatch,
     FeedbackBatch,
+    FreshBatch,
     Mask,
     Mean,
     MixedBatch,
@@ -441,3 +442,21 @@ def mixed(
     """A batch whose gradient is that of the answers' mean loss plus `coefficient` times the demonstrations'."""
     tokens = Mean.of(demonstrations.tokens.response_lengths, demonstrations.weights).total.clamp(min=1)
     return MixedBatch(answers, demonstrations, coefficient * (objective.count(answers) / tokens).item())
+
+
+@dataclass(frozen=True)
+class FreshObjective:
+    """Any objective on answers that the policy just drew; its metrics and the figures about all that was drawn."""
+
+    objective: Objective
+
+    @property
+    def across(self) -> bool:
+        return self.objective.across
+
+    def outputs(self, policy: Any, batch: FreshBatch) -> Any:
+        return self.objective.outputs(policy, batch.batch)
+
+    def loss(self, outputs: Any, batch: FreshBatch) -> tuple[Mean, Metrics]:
+        loss, metrics = self.objective.loss(outputs, batch.batch)
+        return loss, {**metrics, **batch.figures}

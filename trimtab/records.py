@@ -95,8 +95,8 @@ class Comparison:
     """Two answers nobody has judged yet."""
 
     prompt: Prompt
-    first: str
-    second: str
+    first: Answer
+    second: Answer
 
 
 @dataclass(frozen=True)

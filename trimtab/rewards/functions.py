@@ -34,7 +34,7 @@ class FunctionReward:
     function: Callable[..., Any]
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
-        asked = asked_for(self.name, self.function, arguments_of(prompts, answers))
+        asked = asked_for(f"reward {self.name}", self.function, arguments_of(prompts, answers))
         try:
             values = result(self.function, asked)
         except RAISED as error:
@@ -99,8 +99,8 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def asked_for(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that the function has parameters for. ValueError if it needs one that there is not."""
+def asked_for(who: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the function has parameters for. ValueError, saying `who`, if it needs another."""
     parameters = inspect.signature(function).parameters.values()
     missing = [
         parameter.name
@@ -110,25 +110,30 @@ def asked_for(name: str, function: Callable[..., Any], arguments: Mapping[str, A
         and parameter.name not in arguments
     ]
     if missing:
-        raise ValueError(f"reward {name} needs {', '.join(missing)}; the data has {', '.join(sorted(arguments))}")
+        raise ValueError(f"{who} needs {', '.join(missing)}; the data has {', '.join(sorted(arguments))}")
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(arguments)
     return {parameter.name: arguments[parameter.name] for parameter in parameters if parameter.name in arguments}
 
 
 def load_function(text: str) -> FunctionReward:
-    """The function that `py:package.module:function` names."""
+    """The reward that `py:package.module:function` names."""
+    return FunctionReward(text, named_function(text, kind="reward"))
+
+
+def named_function(text: str, *, kind: str) -> Callable[..., Any]:
+    """The function that `py:package.module:function` names. ValueError, saying what `kind` of thing it was to be."""
     module_name, _, function_name = text.removeprefix("py:").partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"reward {text!r} is not of the form py:package.module:function")
+        raise ValueError(f"{kind} {text!r} is not of the form py:package.module:function")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if not module_exists(module_name):
-        raise ValueError(f"reward {text!r}: there is no module {module_name}, neither here nor on Python's path.")
+        raise ValueError(f"{kind} {text!r}: there is no module {module_name}, neither here nor on Python's path.")
     function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
-        raise ValueError(f"reward {text!r}: module {module_name} has no function {function_name}")
-    return FunctionReward(text, function)
+        raise ValueError(f"{kind} {text!r}: module {module_name} has no function {function_name}")
+    return function
 
 
 def module_exists(name: str) -> bool:
