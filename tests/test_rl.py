@@ -9,7 +9,7 @@ import pytest
 
 from trimtab.algorithms import ALGORITHMS
 from trimtab.cli import main
-from trimtab.recipes.rl import prompt_means
+from trimtab.recipes.online import prompt_means
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Say {i}."}], "answer": str(i)} for i in range(8)]
 PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
