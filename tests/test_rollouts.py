@@ -230,8 +230,8 @@ def test_a_rollout_without_any_reward_is_passed_over_and_changes_nothing(name: s
     samples = answered([[1, END], [1, 2, 3, END], [9, 9], [2, END]], [True, True, False, True], n=2)
     critic, told = zeros if row.critic else None, []
     count = 4 + 2 * (row.advantage == "remax")  # remax asks about a greedy answer to each prompt as well
-    stages = stages_around(samples, only(*range(count, 2 * count)), critic=critic, greedy=lambda prompts: samples)
-    stages = replace(stages, greedy=lambda prompts: answered([[1, END], [2, END]], [True, True]))
+    greedy = answered([[1, END], [2, END]], [True, True])
+    stages = stages_around(samples, only(*range(count, 2 * count)), critic=critic, greedy=lambda prompts: greedy)
     history = History(AdaptiveCoefficient(0.1), KlBudget(9.0))
     start = asdict(history)
 
