@@ -1,10 +1,10 @@
 """What sees what in a layout, in the form that a transformer's attention reads.
 
 `sdpa` reads booleans, `eager` and blocked_attention.py read floats that are added to their logits, and FlexAttention
-reads block masks and skips the blocks that nobody sees. Its CUDA kernels are compiled for sequences of any length: compiled for one length they
-would be compiled again for every packed batch. It has no backward pass on CPUs.
+reads block masks and skips the blocks that nobody sees. Its CUDA kernels are compiled for sequences of any length:
+compiled for one length they would be compiled again for every packed batch. It has no backward pass on CPUs.
 
-FlexAttention is registered with transformers as `trimtab_flex`. Where that is given no block mask it is sdpa, so plain
+Both of ours are registered with transformers under the names in `OWN`. Without a layout's mask they are sdpa, so plain
 rows and generation run as they did before. transformers' own `flex_attention` is not used: it compiles for the first
 length that it meets, on CPUs too, and runs all rows through its kernels.
 """
