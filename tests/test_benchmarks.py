@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import alternate, floor, gpu, growth, ours, report
+from benchmarks import alternate, floor, gpu, growth, ours, profiling, report, sampling
 from benchmarks.process import Job, Result, token_facts
 from benchmarks.work import WORDS, WORKS, conversation_rows, cut, filled, scaled, write_rows, written_rows
 from trimtab import data
@@ -307,6 +307,51 @@ def test_passes_hold_all_rows_and_no_more_tokens_than_asked() -> None:
         assert [len(tokens) for tokens in passes] == expected
         prompts = [row.tolist() for tokens in passes for row in tokens.ids[:, :8]]
         assert all(prompts[i] == prompts[i - i % answers] for i in range(8))
+
+
+# ---- Where time goes
+
+
+@pytest.mark.parametrize(
+    ("operator", "part"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention under a mask, backward"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention under a mask, forward"),
+        ("aten::addmm", "matrix products of the layers and the head"),
+        ("aten::mkldnn_linear", "matrix products of the layers and the head"),
+        ("aten::zero_", "zeroing of new gradients"),
+        ("aten::mul", profiling.REST),
+        ("autograd::engine::evaluate_function: MmBackward0", profiling.REST),
+    ],
+)
+def test_operators_belong_to_parts(operator: str, part: str) -> None:
+    assert profiling.part_of(operator) == part
+
+
+def test_shares_by_hand() -> None:
+    found = profiling.shares({"aten::mm": 3.0, "aten::bmm": 1.0, "aten::mul": 5.0, "aten::copy_": 1.0})
+    products, copies = list(profiling.PARTS)[2:4]
+    assert list(found)[:2] == [products, copies] and list(found)[-1] == profiling.REST
+    assert {part: share for part, share in found.items() if share} == {products: 0.4, copies: 0.1, profiling.REST: 0.5}
+
+
+def test_the_profile_of_a_step_adds_up() -> None:
+    found = profiling.profile_step(profiling.Profile(model="tiny", dtype="float32", scale=0.1))
+    assert sum(found.values()) == pytest.approx(1) and list(found)[-1] == profiling.REST
+    # A step has every part; which of them is large depends on the machine.
+    assert set(found) == {*profiling.PARTS, profiling.REST} and min(found.values()) > 0
+    with pytest.raises(ValueError, match="--hh-data FILE"):
+        profiling.profile_step(profiling.Profile(work="dpo_hh", model="tiny"))
+
+
+def test_sampling_is_measured_on_every_way(tmp_path: Path) -> None:
+    sizes = {"prompts": 2, "answers": 2, "tokens": 3, "turns": 1, "threads": torch.get_num_threads()}
+    sampling.sampling(sampling.Sampling("tiny", **sizes, dtype="float32", out=str(tmp_path)))
+    found = json.loads((tmp_path / "sampling.json").read_text())["found"]
+    assert set(found) == {"trimtab", "generate", "trimtab, any family", "products alone", "gap"}
+    assert found["trimtab"]["times_ours"] == 1 and max(found["gap"].values()) < 1e-4
+    with pytest.raises(ValueError, match="is 0: at least 1"):
+        sampling.sampling(sampling.Sampling("tiny", turns=0))
 
 
 # ---- What people type

@@ -23,7 +23,6 @@ LAYERS = (
         *("models", "sampling", "rewards"),
         *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
         *("objectives", "learner", "checkpoint", "parallel", "run"),
-        *("draws", "decoders", "llama", "key_values", "packing"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},
