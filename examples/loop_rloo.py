@@ -12,7 +12,7 @@ import torch
 
 from trimtab.builtin import tiny
 
-STEPS, PROMPTS, GROUP_SIZE, NEW_TOKENS, LEARNING_RATE, BETA = 30, 4, 8, 12, 1e-3, 0.1
+STEPS, PROMPTS, GROUP_SIZE, NEW_TOKENS, LEARNING_RATE, BETA = 40, 4, 8, 12, 3e-3, 0.1
 
 torch.manual_seed(0)
 policy, tokenizer = tiny()
