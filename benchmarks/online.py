@@ -22,8 +22,15 @@ from trimtab.learner import Learner
 from trimtab.models import FrozenPolicy, Policy
 from trimtab.recipes import training
 from trimtab.recipes.algorithm import AlgorithmOptions, KlOptions, objective_of, resolve
-from trimtab.recipes.options import DataOptions, ModelOptions, OnlineStepOptions, RewardChoice, RunOptions
-from trimtab.recipes.options import SamplingOptions as Sampling
+from trimtab.recipes.options import (
+    DataOptions,
+    ModelOptions,
+    OnlineStepOptions,
+    OptimizerOptions,
+    RewardChoice,
+    RunOptions,
+    SamplingOptions,
+)
 from trimtab.recipes.rl import Rl
 from trimtab.records import Prompt
 from trimtab.rewards import parse_reward
@@ -45,13 +52,12 @@ def config_of(job: Job) -> Rl:
         run=RunOptions(out="unused", samples=0),
         reward=RewardChoice((REWARD,)),
         algorithm=AlgorithmOptions(job.kind, group_size=job.answers, prompts_per_step=prompts),
-        sampling=Sampling(max_new_tokens=job.new_tokens, batch_rows=prompts * job.answers),
+        sampling=SamplingOptions(max_new_tokens=job.new_tokens, batch_rows=prompts * job.answers),
         steps=OnlineStepOptions(
             lr=job.lr,
             steps=1 + job.steps,
             micro_batch_rows=prompts * job.answers,
-            warmup=0.0,
-            share_prompts=job.share,
+            optimizer=OptimizerOptions(warmup=0.0, share_prompts=job.share),
         ),
         kl=KlOptions(kl_coef=job.beta),
     )

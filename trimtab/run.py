@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ class Run:
 
     directory: Path
     seed: int
-    started: float = field(default_factory=time.monotonic)
     step: int = 0
     """The last step that `train` took."""
 

@@ -18,6 +18,7 @@ from trimtab.recipes.options import (
     Dtype,
     ModelOptions,
     OnlineStepOptions,
+    OptimizerOptions,
     RewardChoice,
     RunOptions,
     SamplingOptions,
@@ -261,7 +262,9 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE, schedule="linear"),
+            steps=StepOptions(
+                lr=config.reward_lr, batch_size=BATCH_SIZE, optimizer=OptimizerOptions(schedule="linear")
+            ),
         )
     )
 
