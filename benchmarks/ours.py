@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trimtab
+from benchmarks import online
 from benchmarks.process import Clock, Job, Result, peak_bytes, resident_bytes, token_facts
 from trimtab.learner import Learner
 from trimtab.losses.arguments import combine
@@ -195,6 +196,8 @@ def run(job: Job) -> Result:
     """All steps of a job, and what they took."""
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    if job.kind in online.KINDS:
+        return replace(online.run(job, held, policy_loader(job)), peak=peak(job), versions=versions())
     ready = make_ready(job)
     clock, told = Clock(), []
     for _ in range(1 + job.steps):
