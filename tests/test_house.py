@@ -16,7 +16,7 @@ PACKAGE = ROOT / "trimtab"
 
 # A room (a module or package of trimtab) may import its own layer and those above it in this table.
 LAYERS = (
-    {"records", "progress"},
+    {"records", "progress", "untrusted"},
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
@@ -34,6 +34,7 @@ LAYERS = (
 LIBRARIES = {
     "records": set(),
     "progress": {"rich"},
+    "untrusted": {"yaml"},
     "batches": {"torch", "jaxtyping"},
     "precision": {"torch"},
     "layout": {"torch", "jaxtyping"},
