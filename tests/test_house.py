@@ -19,7 +19,19 @@ LAYERS = (
     {"records", "progress", "untrusted"},
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
-        *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
+        *(
+            "data",
+            "tokens",
+            "builtin",
+            "model_files",
+            "weights",
+            "attention",
+            "bodies",
+            "projection",
+            "models",
+            "sampling",
+            "rewards",
+        ),
         *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
         *("objectives", "learner", "checkpoint", "parallel", "run"),
         *("draws", "decoders", "llama", "key_values", "packing"),
@@ -210,7 +222,8 @@ def test_no_error_is_swallowed():
         for handler in (node for node in ast.walk(tree(path)) if isinstance(node, ast.ExceptHandler)):
             place = f"{path.relative_to(ROOT)}:{handler.lineno}"
             caught = ast.unparse(handler.type) if handler.type else ""
-            assert caught not in {"", "Exception", "BaseException"}, f"{place} catches everything"
+            told_again = caught == "Exception" and isinstance(handler.body[-1], ast.Raise)
+            assert told_again or caught not in {"", "Exception", "BaseException"}, f"{place} catches everything"
             assert not isinstance(handler.body[0], ast.Pass), f"{place} goes on as if nothing had happened"
 
 

@@ -11,8 +11,12 @@ import gzip
 import io
 import json
 import os
+import signal
 import stat
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -145,7 +149,7 @@ def printable(text: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value. ValueError for what is no JSON, an object with a key twice, and more than `MOST_DEPTH` levels."""
+    """A JSON value. ValueError for no JSON, an object with two values for a key, more than `MOST_DEPTH` levels."""
     try:
         value = json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
@@ -158,21 +162,19 @@ def parse_json(text: str) -> Any:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin[:60]!r} stands twice in one object; keep one")
+        twin = next((name for name, value in pairs if entries[name] != value), None)
+        if twin is not None:
+            raise ValueError(f"the key {twin[:60]!r} stands twice in one object, with different values; keep one")
     return entries
 
 
 def is_deep(value: Any) -> bool:
     """Whether lists and mappings stand inside each other more than `MOST_DEPTH` times."""
-    level = [value]
-    for _ in range(MOST_DEPTH + 1):
-        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
-        level = [child for children in inside for child in children]
-        if not level:
-            return False
-    return True
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_DEPTH):
+        inside = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level = [child for child in inside if isinstance(child, dict | list)]
+    return bool(level)
 
 
 def json_object(place: str, text: str) -> dict[str, Any]:
@@ -231,3 +233,51 @@ def _yaml_tree(text: str) -> Any:
         if twins := sorted({key for key in keys if keys.count(key) > 1}):
             raise ValueError(f"it says {', '.join(twins)} twice; keep one")
     return root
+
+
+# ---- Code that others wrote
+
+
+@contextmanager
+def bounded(seconds: float, memory: int) -> Iterator[None]:
+    """A block that ends in TimeoutError after `seconds`, in MemoryError with `memory` bytes more than at its start.
+
+    Time is bounded in the main thread of Unix systems, between two steps of Python; memory on Linux.
+    """
+    with _timed(seconds), _address_space(memory):
+        yield
+
+
+@contextmanager
+def _timed(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _address_space(memory: int) -> Iterator[None]:
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
