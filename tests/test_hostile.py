@@ -67,7 +67,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: os.truncate(f / "model.safetensors", 5000),
         "model.safetensors: not a readable safetensors file",
     ),
-    "weights are empty": (lambda f: os.truncate(f / "model.safetensors", 0), "weights"),
+    "weights are empty": (lambda f: os.truncate(f / "model.safetensors", 0), "not a readable safetensors file"),
     "weights are text": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 100),
         "not a readable safetensors file",

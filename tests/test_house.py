@@ -217,6 +217,41 @@ def test_nothing_is_pickled():
     assert not [str(path) for path in sources() if any(ast.unparse(call.func) in torch_files for call in calls(path))]
 
 
+NEVER = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
+UNSAFE_YAML = {"load", "load_all", "unsafe_load", "full_load", "Loader", "UnsafeLoader", "FullLoader"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_nothing_that_is_read_runs(path: Path):
+    for call in calls(path):
+        place, name = f"{path.relative_to(ROOT)}:{call.lineno}", ast.unparse(call.func)
+        options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        assert name not in NEVER, f"{place} runs {name}"
+        assert not (name.startswith("yaml.") and name[5:] in UNSAFE_YAML), f"{place} reads YAML that can make objects"
+        assert "allow_pickle" not in options and options.get("shell", "False") == "False", place
+        assert options.get("trust_remote_code", "") != "True", f"{place} trusts code that nobody asked to run"
+        assert options.get("weights_only", "True") == "True", place
+
+
+def test_files_of_others_are_read_under_limits():
+    """Reading JSON and YAML has one place; what is listed reads files that trimtab wrote or text that it was given."""
+    readers = {"json.load", "json.loads", "yaml.safe_load", "yaml.compose"}
+    own = {"untrusted.py", "run.py", "weights.py", "checkpoint.py", "parallel.py"}
+    found = {path.name for path in sources() for call in calls(path) if ast.unparse(call.func) in readers}
+    assert found <= own, f"{sorted(found - own)} read with json or yaml: take trimtab.untrusted"
+
+
+def test_weights_come_from_safetensors_alone():
+    loads = [call for path in sources() for call in calls(path) if ast.unparse(call.func) == "_from_pretrained"]
+    models = [call for call in loads if any(option.arg == "output_loading_info" for option in call.keywords)]
+    assert models, "the loading of weights has moved"
+    assert all({"use_safetensors": "True"}.items() <= keyword_texts(call).items() for call in models)
+
+
+def keyword_texts(call: ast.Call) -> dict[str | None, str]:
+    return {option.arg: ast.unparse(option.value) for option in call.keywords}
+
+
 def test_no_error_is_swallowed():
     for path in sources():
         for handler in (node for node in ast.walk(tree(path)) if isinstance(node, ast.ExceptHandler)):

@@ -225,6 +225,8 @@ def _yaml_tree(text: str) -> Any:
     """The nodes of a YAML document, each of which stands in it once."""
     import yaml
 
+    if text.count("[") + text.count("{") > 10 * MOST_DEPTH:  # its time grows with the square of what is open
+        raise ValueError(f"it has more than {10 * MOST_DEPTH:,} brackets")
     if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
         raise ValueError("it holds a reference (*name); write the value out")
     root = yaml.compose(text, yaml.SafeLoader)
