@@ -400,3 +400,20 @@ def test_the_tree_reader_reads_trees():
     assert list(_tree_paths(block)) == [*expected, "trimtab/cli.py", "docs/"]
     drawn = "trimtab/\n├── losses/\n│   └── reward.py  # pure\n└── cli.py\n"
     assert list(_tree_paths(drawn)) == ["trimtab/", "trimtab/losses/", "trimtab/losses/reward.py", "trimtab/cli.py"]
+
+
+def test_every_dependency_has_a_reason():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.split(r"[\[<>=~! ;]", name)[0] for name in wanted}
+    section = (
+        (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Dependencies")[2].partition("\n## ")[0]
+    )
+    reasons = {name.strip() for line in section.splitlines() if "|" in line for name in line.split("|")[1].split(",")}
+    assert names <= reasons, f"CONTRIBUTING.md does not say why {sorted(names - reasons)}"
+    assert reasons - {"package", "---"} <= names
