@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch import Tensor
 
 from trimtab.batches import Tokens
@@ -16,6 +15,7 @@ from trimtab.records import Answer, Prompt
 from trimtab.rewards.models import answer_rows, in_batches
 from trimtab.rewards.scores import checked
 from trimtab.tokens import Overlong
+from trimtab.untrusted import read_yaml_mapping
 
 if TYPE_CHECKING:
     from trimtab.losses.arguments import Term
@@ -95,7 +95,7 @@ def read_config(run: str) -> dict[str, Any]:
     if not path.exists() and (run.startswith((".", "/", "~")) or run.count("/") != 1):
         raise FileNotFoundError(f"there is no run directory {run}: implicit: needs a run of trimtab dpo or trimtab kto")
     config = path / "config.yaml"
-    return yaml.safe_load(config.read_text(encoding="utf-8")) or {} if config.is_file() else {}
+    return read_yaml_mapping(config) if config.exists() else {}
 
 
 def to_beta(text: str, value: str) -> float:
