@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trimtab.recipes.algorithm import check_sampling
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from trimtab.objectives import Objective
     from trimtab.records import Prompt
     from trimtab.rewards import Reward
+    from trimtab.rollouts import Stages
     from trimtab.run import Run
     from trimtab.sampling import Samples
     from trimtab.selection import Drawn, Pick
@@ -81,13 +81,14 @@ def learn_from_fresh(
 
     loaded = training.read_parts(config.data, Prompt)
     reward = load_reward()
+    sampler = training.sampler_of(config.sampling)
     policy = training.load(load_policy, config)
     policy.module.temperature = config.sampling.temperature
     prompts = {part: fitting(policy, some.records, config) for part, some in loaded.items()}
     check_prompts(prompts["train"], config)
     run = training.open_run(command, config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
-    stages = stages_of(policy, reference, reward, None, ONE_UPDATE, config)
+    stages = stages_of(policy, reference, reward, None, ONE_UPDATE, config, sampler)
     counts: Counter[str] = Counter()
     batches = fresh_batches(
         draws(prompts["train"], config),
@@ -102,7 +103,7 @@ def learn_from_fresh(
     save_memory(run, policy, prompts["train"], config)
     evaluate = None
     if "eval" in prompts and isinstance(reward, JudgedReward):
-        evaluate = against_start(run, reward.judge, policy, reference, prompts["eval"], config)
+        evaluate = against_start(run, reward.judge, stages, policy, reference, prompts["eval"], config)
     elif "eval" in prompts:
         evaluate = evaluation(run, stages, policy, reference, prompts["eval"], config)
     training.train_online(run, learner, batches, evaluate, policy, prompts.get("eval", prompts["train"]), config)
@@ -119,7 +120,13 @@ def save_memory(run: Run, policy: Policy, prompts: Sequence[Prompt], config: Any
 
 
 def against_start(
-    run: Run, judge: Judge, policy: Policy, reference: FrozenPolicy, prompts: Sequence[Prompt], config: Any
+    run: Run,
+    judge: Judge,
+    stages: Stages,
+    policy: Policy,
+    reference: FrozenPolicy,
+    prompts: Sequence[Prompt],
+    config: Any,
 ) -> Callable[[int], Mapping[str, float]]:
     """Win rate against the start model's answers, exact KL and length on held-out prompts.
 
@@ -131,14 +138,13 @@ def against_start(
     from trimtab.judges import compared
     from trimtab.progress import console
     from trimtab.records import Comparison
-    from trimtab.sampling import sample
 
     start: list[Samples] = []
     best = -math.inf
 
     def evaluate(step: int) -> Mapping[str, float]:
         nonlocal best
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
+        samples = stages.draw(prompts, EVALUATION_ANSWERS, step=0)
         if not start:
             start.append(samples)
         twos = zip(samples.row_prompts, samples.answers, start[0].answers, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from trimtab.recipes.options import (
     SamplingOptions,
     check_options,
     check_outside,
+    settings_of,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from trimtab.rewards import Reward
     from trimtab.rollouts import Account, History, Stages
     from trimtab.run import Run
-    from trimtab.sampling import Samples
+    from trimtab.sampling import Sampler, Samples
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def rl(config: Rl) -> None:
     algorithm, history = checked(config)
     loaded = training.read_parts(config.data, Prompt)
     reward = load_reward(config)
+    sampler = training.sampler_of(config.sampling)
     policy = training.load(load_policy, config)
     policy.module.temperature = config.sampling.temperature
     prompts = {part: fitting(policy, some.records, config) for part, some in loaded.items()}
@@ -87,7 +89,7 @@ def rl(config: Rl) -> None:
     critic = load_critic(policy, reward, config) if algorithm.critic else None
     run = training.open_run("rl", config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
-    stages = stages_of(policy, reference, reward, critic, algorithm, config)
+    stages = stages_of(policy, reference, reward, critic, algorithm, config, sampler)
     watch = watcher(run, history)
     batches = policy_batches(
         draws(prompts["train"], config),
@@ -238,19 +240,19 @@ def stages_of(
     critic: ScalarModel | None,
     algorithm: Algorithm,
     config: Rl,
+    sampler: Sampler,
 ) -> Stages:
     """What a rollout passes through."""
     from trimtab.critic import values_before
     from trimtab.rollouts import Stages
-    from trimtab.sampling import sample
 
-    settings, group_size = asdict(config.sampling), config.algorithm.group_size
+    settings, group_size = settings_of(config.sampling), config.algorithm.group_size
 
     def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
-        return sample(policy, prompts, n, seed=config.run.seed, step=step, **settings)
+        return sampler(policy, prompts, n, seed=config.run.seed, step=step, **settings)
 
     def greedy(prompts: Sequence[Prompt]) -> Samples:
-        return sample(policy, prompts, **{**settings, "temperature": 0.0})
+        return sampler(policy, prompts, **{**settings, "temperature": 0.0})
 
     return Stages(
         draw=draw,
@@ -380,13 +382,12 @@ def evaluation(
     from trimtab.evals.intervals import bootstrap_mean
     from trimtab.progress import console
     from trimtab.rollouts import score
-    from trimtab.sampling import sample
 
     best = -math.inf
 
     def evaluate(step: int) -> Mapping[str, float]:
         nonlocal best
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
+        samples = stages.draw(prompts, EVALUATION_ANSWERS, step=0)
         mean = bootstrap_mean(prompt_means(score(stages.reward, samples).rewards, samples.n), config.run.seed)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
         figures = {"reward": mean.value, "reward_low": mean.low, "reward_high": mean.high}
