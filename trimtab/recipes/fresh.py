@@ -37,12 +37,13 @@ def learn_from_fresh(
     collect: Callable[[Rollouts, Sequence[int]], Referenced[PairBatch] | DemonstrationBatch],
 ) -> None:
     """Sample, score, choose, step: from checked flags to a finished run."""
+    sampler = training.sampler_of(config.sampling)
     policy, reward, prompts = online.load_parts(config, load)
     run = online.open_run(command, config, policy, prompts)
     reference, tally = policy.reference(), Tally()
     batches = fresh_batches(
         online.draws(prompts["train"], config),
-        online.stages_of(policy, reference, reward, config),
+        online.stages_of(policy, reference, reward, config, sampler),
         pick,
         collect,
         group_size=config.algorithm.group_size,
@@ -52,7 +53,7 @@ def learn_from_fresh(
     )
     learner = training.make_learner(policy, FreshObjective(objective), config.steps, config.steps.steps)
     online.save_memory(run, [policy], prompts["train"], config, item_rows=2)
-    evaluate = online.evaluation(run, measure_of(reward), policy, reference, prompts.get("eval"), config)
+    evaluate = online.evaluation(run, measure_of(reward), policy, reference, prompts.get("eval"), config, sampler)
     training.train_online(run, learner, batches, evaluate, policy, prompts.get("eval", prompts["train"]), config)
     tell(tally)
 

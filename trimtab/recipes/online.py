@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from trimtab.evals.intervals import Estimate, bootstrap_mean
 from trimtab.models import FrozenPolicy, Policy, ScalarModel
 from trimtab.progress import console
 from trimtab.recipes import training
+from trimtab.recipes.options import settings_of
 from trimtab.records import Prompt
 from trimtab.rewards import Reward, parse_rewards
 from trimtab.rollouts import Account, Scored, Stages, score
 from trimtab.run import Run
-from trimtab.sampling import Samples, sample
+from trimtab.sampling import Sampler, Samples
 from trimtab.selection import Drawn
 from trimtab.tokens import encode_prompts
 
@@ -94,18 +95,19 @@ def stages_of(
     reference: FrozenPolicy,
     reward: Reward,
     config: Any,
+    sampler: Sampler,
     *,
     critic: ScalarModel | None = None,
     exact_kl: bool = False,
 ) -> Stages:
     """What a rollout passes through."""
-    settings, group_size = asdict(config.sampling), config.algorithm.group_size
+    settings, group_size = settings_of(config.sampling), config.algorithm.group_size
 
     def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
-        return sample(policy, prompts, n, seed=config.run.seed, step=step, **settings)
+        return sampler(policy, prompts, n, seed=config.run.seed, step=step, **settings)
 
     def greedy(prompts: Sequence[Prompt]) -> Samples:
-        return sample(policy, prompts, **{**settings, "temperature": 0.0})
+        return sampler(policy, prompts, **{**settings, "temperature": 0.0})
 
     return Stages(
         draw=draw,
@@ -194,16 +196,18 @@ def evaluation(
     reference: FrozenPolicy,
     prompts: Sequence[Prompt] | None,
     config: Any,
+    sampler: Sampler,
+    *,
     best: Best | None = None,
 ) -> Callable[[int], dict[str, float]] | None:
     """The measure, exact KL and length on held-out prompts, always by the same uniform numbers; None without prompts.
 
     With --eval-every, the policy with the best figure so far is kept as checkpoints/best.
     """
-    best = best or Best()
+    best, settings = best or Best(), settings_of(config.sampling)
 
     def evaluate(step: int) -> dict[str, float]:
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
+        samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
         figures = measure.mean(samples, config.run.seed)
         value = figures[measure.name]

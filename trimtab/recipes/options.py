@@ -237,6 +237,13 @@ class SamplingOptions:
     """Texts that end an answer and are left out of it."""
     batch_rows: int = 32
     """Answers sampled at the same time; changes speed, not the samples (in float32)."""
+    sampler: str = "own"
+    """own, or vllm:URL, a vLLM server of this model's architecture, such as vllm:http://127.0.0.1:8000."""
+
+
+def settings_of(options: SamplingOptions) -> dict[str, Any]:
+    """What a sampler is told, by the names of its arguments."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name != "sampler"}
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def rl(config: Rl) -> None:
     from trimtab.rollouts import policy_batches
 
     algorithm, history = checked(config)
+    sampler = training.sampler_of(config.sampling)
     policy, reward, prompts = online.load_parts(config, online.load_reward)
     shown = demonstrations(policy, config)
     critic = load_critic(policy, reward, config) if algorithm.critic else None
@@ -79,7 +80,7 @@ def rl(config: Rl) -> None:
     reference, size = policy.reference(), config.algorithm.group_size
     batches = policy_batches(
         online.draws(prompts["train"], config),
-        online.stages_of(policy, reference, reward, config, critic=critic, exact_kl=algorithm.kl == "exact"),
+        online.stages_of(policy, reference, reward, config, sampler, critic=critic, exact_kl=algorithm.kl == "exact"),
         algorithm,
         history,
         group_size=size,
@@ -91,7 +92,7 @@ def rl(config: Rl) -> None:
     longest_shown = config.data.max_length if shown else 0
     online.save_memory(run, networks, prompts["train"], config, item_rows=size, length=longest_shown)
     measure = online.reward_measure(reward)
-    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config)
+    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config, sampler)
     training.train_online(run, learner, updates, evaluate, policy, prompts.get("eval", prompts["train"]), config)
     if critic:
         critic.save(run.directory / "critic")

@@ -23,14 +23,14 @@ from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, OnlineStepOptions, StepOptions, flatten
+from trimtab.recipes.options import DataOptions, OnlineStepOptions, SamplingOptions, StepOptions, flatten
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
 from trimtab.rewards import RULES
 from trimtab.run import Run, seed_everything, write_json
-from trimtab.sampling import sample
+from trimtab.sampling import Sampler, VllmServer, sample
 from trimtab.tokens import Encoded
 
 Collate = Callable[[Sequence[Encoded], int], Any]
@@ -160,6 +160,16 @@ def load_for_sampling(config: Any) -> Any:
     policy = load_policy(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
     console.print(f"{model.model} on {policy.device}: {policy.arithmetic.why}")
     return policy
+
+
+def sampler_of(options: SamplingOptions) -> Sampler:
+    """What draws the answers: this library, or a server that answers already."""
+    kind, _, url = options.sampler.partition(":")
+    if options.sampler == "own":
+        return sample
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ValueError(f"--sampler {options.sampler}: give own, or vllm:URL such as vllm:http://127.0.0.1:8000.")
+    return VllmServer(url)
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

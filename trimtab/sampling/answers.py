@@ -79,6 +79,10 @@ class PartialAnswer:
     finished: bool = False
 
 
+Sampler = Callable[..., Samples]
+"""`sample`, or what answers the same call."""
+
+
 def sample(  # noqa: PLR0913 (what one may set about sampling, each by its name)
     policy: Policy,
     prompts: Sequence[Prompt],
