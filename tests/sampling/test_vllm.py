@@ -361,7 +361,9 @@ def test_online_training_sends_the_weights_after_every_step(
     command: str, prompts: str, tmp_path: Path, server: StandIn
 ) -> None:
     out = run(command, prompts, tmp_path / "run", server, *TRAINING, *COMMANDS[command])
-    assert server.count("/collective_rpc") == 3 and (out / "model").exists()
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    # A rollout in which all answers tie makes no step, and the weights stay.
+    assert server.count("/collective_rpc") == steps >= 2 and (out / "model").exists()
     if "dpo" not in command and command != "raft":
         assert len(gaps(out)) == 3 and max(gaps(out)) < 1e-4
 
