@@ -74,9 +74,12 @@ class StandIn:
             rows = torch.tensor([prompt + ids])
             logits = policy.model(rows).logits[:, -1]
             seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, rows, True)
-            drawn = draw(logits, choice, uniforms(keys, len(ids)), seen)
+            allowed = torch.full_like(logits, float("-inf"))
+            allowed[:, body.get("allowed_token_ids", slice(None))] = 0
+            drawn = draw(logits + allowed, choice, uniforms(keys, len(ids)), seen)
             ids.append(int(drawn.ids))
-            logprobs.append(float(drawn.sampled_logprobs if self.processed else drawn.logprobs))
+            plain = logits.log_softmax(-1)[0, ids[-1]]
+            logprobs.append(float(drawn.sampled_logprobs if self.processed else plain))
             ended = ids[-1] in body["stop_token_ids"] or any(t in decode(policy.tokenizer, ids) for t in body["stop"])
             why = "stop" if ended else "length"
         told = {"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "prompt_token_ids": prompt}
@@ -174,6 +177,8 @@ def test_both_log_probabilities_of_a_shaped_distribution(server: StandIn, policy
     assert (drawn.sampled_logprobs[mask] <= 0).all() and not drawn.sampled_logprobs[~mask].any()
     # Of 20 tokens at most, each is more probable than among 259, but for the penalty on what was seen.
     assert (drawn.sampled_logprobs > drawn.logprobs)[mask].float().mean() > 0.8
+    # One request more than there are prompts: which log-probabilities does it show?
+    assert server.count("/v1/completions") == len(PROMPTS) + 1
 
 
 def test_a_server_that_shows_the_plain_policy_is_refused_for_a_shaped_distribution(
@@ -252,6 +257,7 @@ FAULTS = {
     "no logprobs": ("/v1/completions", with_choice(logprobs=None), "without the ids and log-probabilities"),
     "a hole": ("/v1/completions", with_choice(logprobs={"token_logprobs": [None]}), "without the ids"),
     "cut": ("/v1/completions", with_choice(token_ids=[65], logprobs={"token_logprobs": [-1]}), "--max-model-len"),
+    "no answer": ("/v1/completions", lambda true: (200, b'{"choices": ["a", "b"]}'), "without the ids"),
     "aborted": ("/v1/completions", with_choice(finish_reason="abort"), "'abort'"),
     "other words": (
         "/v1/completions",
@@ -259,7 +265,7 @@ FAULTS = {
         "another model than the policy's",
     ),
     "other prompt": ("/v1/completions", with_choice(prompt_token_ids=[1]), "read another prompt"),
-    "other model": ("/collective_rpc", lambda true: (500, b"shape mismatch"), "shape mismatch.*architecture.*TMPDIR"),
+    "other model": ("/collective_rpc", lambda true: (500, b"shape\nmismatch"), "shape mismatch.*architecture.*TMPDIR"),
     "no development mode": ("/collective_rpc", lambda true: (404, b"Not Found"), "404.*VLLM_SERVER_DEV_MODE=1"),
     "wrong key": ("/v1/models", lambda true: (401, b"Unauthorized"), "401.*VLLM_API_KEY"),
     "nothing served": ("/v1/models", lambda true: (200, b'{"data": []}'), "serves no model"),
@@ -361,7 +367,9 @@ def test_online_training_sends_the_weights_after_every_step(
     command: str, prompts: str, tmp_path: Path, server: StandIn
 ) -> None:
     out = run(command, prompts, tmp_path / "run", server, *TRAINING, *COMMANDS[command])
-    assert server.count("/collective_rpc") == 3 and (out / "model").exists()
+    steps = len((out / "metrics.jsonl").read_text().splitlines())
+    # A rollout in which all answers tie makes no step, and the weights stay.
+    assert server.count("/collective_rpc") == steps >= 2 and (out / "model").exists()
     if "dpo" not in command and command != "raft":
         assert len(gaps(out)) == 3 and max(gaps(out)) < 1e-4
 

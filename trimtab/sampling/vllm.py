@@ -138,7 +138,7 @@ class VllmServer:
             "ignore_eos": True,
             "stop_token_ids": sorted(ending.ids),
             "stop": list(ending.texts),
-            "logprobs": 0,
+            "logprobs": 1,
             "return_token_ids": True,
             "cache_salt": self.salt,
         }
@@ -149,7 +149,8 @@ class VllmServer:
         choices = self._ask("/v1/completions", body).get("choices")
         if not isinstance(choices, list) or len(choices) != settings["n"]:
             found = len(choices) if isinstance(choices, list) else "no list of"
-            raise ValueError(f"{self._name} gave {found} answers to a prompt, {settings['n']} were asked for. {START}")
+            told = f"{self._name} gave {found} answers to a prompt, {settings['n']} were asked for"
+            raise ValueError(f"{told}. Is it a vLLM? Start one: {START}")
         return choices
 
     # ---- What it says
@@ -162,7 +163,8 @@ class VllmServer:
         whole = [model for model in served if not model.get("parent")]  # adapters have a parent
         if len(whole) != 1 or not isinstance(whole[0].get("id"), str):
             raise ValueError(f"{self._name} serves {len(whole)} models; one is needed. Start it: {START}")
-        return whole[0]["id"], whole[0].get("max_model_len")
+        longest = whole[0].get("max_model_len")
+        return whole[0]["id"], longest if isinstance(longest, int) else None
 
     def _check_lengths(self, answers: Sequence[PartialAnswer], max_new_tokens: int) -> None:
         """ValueError for rows that the server would cut."""
@@ -174,11 +176,11 @@ class VllmServer:
             )
 
     def _check_mode(self, prompt: Sequence[int]) -> None:
-        """ValueError if the server shows log-probabilities of the plain policy: asked once, for a certain token."""
+        """ValueError if the server shows log-probabilities of the plain policy; asked once, with one token allowed."""
         if self.shows_sampled is None:
-            settings = self._settings(Choice(top_k=1), Ending(frozenset(), (), lambda ids: ""), 1, 1)
-            [reply] = self._complete(prompt, 0, settings)
-            self.shows_sampled = self._read(reply, 1)[1] == [0.0]
+            settings = self._settings(Choice(), Ending(frozenset(), (), lambda ids: ""), 1, 1)
+            [reply] = self._complete(prompt, 0, {**settings, "allowed_token_ids": [prompt[0]]})
+            self.shows_sampled = self._read(reply, 1)[1][0] > -1e-6
         if not self.shows_sampled:
             raise ValueError(
                 f"{self._name} gives the log-probabilities of the plain policy, not of the distribution that --top-k, "
@@ -193,7 +195,7 @@ class VllmServer:
             ids, logprobs, finished = self._read(reply, most)
             if reply.get("prompt_token_ids") not in (None, answer.prompt):
                 raise ValueError(f"{self._name} has read another prompt than it was given. Start it anew: {START}")
-            if max(ids) >= words or stop_ids & set(ids[:-1]):
+            if not 0 <= min(ids) <= max(ids) < words or stop_ids & set(ids[:-1]):
                 raise ValueError(
                     f"{self._name} wrote tokens that the policy does not have, or went on after the end: it serves "
                     f"{self.model}, another model than the policy's. Start it with the policy's: {START}"
@@ -269,7 +271,7 @@ class VllmServer:
                 "Does it serve a model of the policy's architecture, and does it see this machine's files? Else set "
                 "TMPDIR to a folder that both see under the same path."
             )
-        said = text.decode(errors="replace").strip()[:300]
+        said = " ".join(text.decode(errors="replace").split())[:300]
         return f"{self._name} answers {route} with HTTP status {status}: {said or 'no reason given'}. {advice}"
 
 
