@@ -15,6 +15,7 @@ from trimtab.evals.intervals import (
     bootstrap_statistic,
     difference,
     jackknife,
+    share_difference,
     to_json,
     weighted_mean,
     wilson,
@@ -168,3 +169,26 @@ def test_jackknife_of_a_mean_is_the_normal_interval() -> None:
 def test_results_go_to_json() -> None:
     written = to_json({"a": [Estimate(1.0, math.nan, 2.0, 3)], "b": (math.inf, None, "x")})
     assert written == {"a": [{"value": 1.0, "low": None, "high": 2.0, "count": 3}], "b": [None, None, "x"]}
+
+
+def test_paired_shares_by_hand() -> None:
+    # Of 10 pairs 4 differ one way and 1 the other: (5 / 12, 2 / 12) after adding one to each.
+    first, second = [1] * 4 + [0] + [1] * 5, [0] * 4 + [1] + [1] * 5
+    found = share_difference(first, second)
+    half = 1.959964 * math.sqrt((7 / 12 - (3 / 12) ** 2) / 12)
+    assert found.value == pytest.approx(0.3)
+    assert (found.low, found.high) == pytest.approx((0.25 - half, 0.25 + half))
+    same = share_difference([1, 0, 1], [1, 0, 1])
+    assert same.value == 0 and same.low == -same.high < -0.3
+    assert share_difference([1] * 5, [0] * 5).high == 1
+    assert share_difference([1, 0.5], [0, 0]) == bootstrap_difference([1, 0.5], [0, 0])
+
+
+def test_paired_shares_cover_what_they_estimate() -> None:
+    generator = np.random.default_rng(8)
+    covered = []
+    for _ in range(2000):
+        drawn = generator.choice(4, size=30, p=[0.6, 0.25, 0.05, 0.1])
+        found = share_difference(drawn < 2, (drawn == 0) | (drawn == 2))
+        covered.append(found.low <= 0.2 <= found.high)
+    assert 0.93 <= np.mean(covered) <= 0.99

@@ -49,7 +49,8 @@ def test_counts_and_changes_by_hand() -> None:
     assert (changed.lost, changed.gained) == (6, 4)
     assert changed.groups["x"].value == -1
     same = change(before, before, asked)
-    assert (same.difference.low, same.difference.high, same.lost) == (0, 0, 0)
+    assert (same.difference.value, same.lost, same.gained) == (0, 0, 0)
+    assert same.difference.low < 0 < same.difference.high, "ten questions do not prove that nothing changed"
 
 
 def test_ties_are_fractions_and_lengths_can_be_divided_out() -> None:

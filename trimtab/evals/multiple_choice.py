@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from trimtab.evals.choices import Question, pick, share_of
-from trimtab.evals.intervals import Estimate, bootstrap_difference
+from trimtab.evals.intervals import Estimate, share_difference
 from trimtab.evals.rows import Located, cell, conversation, read_rows, texts
 from trimtab.evals.sycophancy import share
 from trimtab.records import Prompt
@@ -65,11 +65,11 @@ def change(after: Accuracy, before: Accuracy, questions: Sequence[Question], *, 
     """What has changed between two scorers on the same questions."""
     pairs = list(zip(after.right, before.right, strict=True))
     groups = {
-        name: bootstrap_difference([after.right[i] for i in places], [before.right[i] for i in places], seed)
+        name: share_difference([after.right[i] for i in places], [before.right[i] for i in places], seed)
         for name, places in places_of(questions).items()
     }
     lost, gained = (sum(sign * (late - early) > 0 for late, early in pairs) for sign in (-1, 1))
-    return Change(bootstrap_difference(after.right, before.right, seed), groups, lost, gained)
+    return Change(share_difference(after.right, before.right, seed), groups, lost, gained)
 
 
 def places_of(questions: Sequence[Question]) -> dict[str, list[int]]:

@@ -92,8 +92,8 @@ def print_accuracy(accuracy: RewardAccuracy) -> None:
     print_estimates("by length: the better answer is ...", accuracy.by_length, unit="accuracy")
     print_estimates("by the size of the margin", accuracy.by_margin, unit="accuracy")
     bins = {f"{bin.confidence:.3f}": bin.accuracy for bin in accuracy.calibration.bins}
-    print_estimates("by confidence, sigmoid(|margin|); equal scores are half right", bins, unit="accuracy")
-    say(f"expected calibration error {accuracy.calibration.error:.3f}")
+    print_estimates("by confidence, sigmoid(|margin|)", bins, unit="accuracy")
+    say(f"expected calibration error {accuracy.calibration.error:.3f} (equal scores are half right)")
     say(f"mean margin {accuracy.margin:.3f}; {accuracy.ties} equal scores (counted as wrong)")
     if accuracy.excluded:
         say(f"{accuracy.excluded} pairs without a better answer were left out")
