@@ -51,7 +51,31 @@ COMMANDS = {
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
     "evaluate reward": Command(
-        "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs"
+        "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs, RewardBench"
+    ),
+    "evaluate drift": Command(
+        "evaluate_drift", "EvaluateDrift", "evaluate_drift", "how far a policy has moved: KL, entropy, length, ..."
+    ),
+    "evaluate diversity": Command(
+        "evaluate_diversity", "EvaluateDiversity", "evaluate_diversity", "how much the answers of a file differ"
+    ),
+    "evaluate length-bias": Command(
+        "evaluate_length_bias", "EvaluateLengthBias", "evaluate_length_bias", "whether a reward favours long answers"
+    ),
+    "evaluate sycophancy": Command(
+        "evaluate_sycophancy", "EvaluateSycophancy", "evaluate_sycophancy", "whether answers follow the user's opinion"
+    ),
+    "evaluate multiple-choice": Command(
+        "evaluate_choices", "EvaluateChoices", "evaluate_choices", "capability by likelihood, before against after"
+    ),
+    "evaluate consistency": Command(
+        "evaluate_consistency", "EvaluateConsistency", "evaluate_consistency", "position bias of judges; paraphrases"
+    ),
+    "evaluate frontier": Command(
+        "evaluate_frontier", "EvaluateFrontier", "evaluate_frontier", "reward against KL, all checkpoints, best-of-n"
+    ),
+    "evaluate harness": Command(
+        "evaluate_harness", "EvaluateHarness", "evaluate_harness", "tasks of lm-evaluation-harness (extra `eval`)"
     ),
     "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),

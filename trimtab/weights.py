@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -176,6 +177,14 @@ def load_language_model(source: Source, *, trust_remote_code: bool = False) -> P
         base = load_language_model(_base_of(Path(folder)), trust_remote_code=trust_remote_code)
         return _merge_adapter(base, Path(folder))
     return _load_weights(AutoModelForCausalLM, folder, trust_remote_code)
+
+
+def load_body(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Any transformer without its head, in float32, such as an embedder. ValueError for an adapter."""
+    folder = resolve(source)
+    if _is_adapter(folder):
+        raise ValueError(f"{source} is an adapter; give the folder of a whole model.")
+    return _load_weights(AutoModel, folder, trust_remote_code)
 
 
 def load_classifier(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
