@@ -52,6 +52,12 @@ COMMANDS = {
     "evaluate reward": Command(
         "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs"
     ),
+    "evaluate win-rate": Command(
+        "evaluate_win_rate", "EvaluateWinRate", "evaluate_win_rate", "which system answers better, under a judge"
+    ),
+    "evaluate agreement": Command(
+        "evaluate_agreement", "EvaluateAgreement", "evaluate_agreement", "how far annotators agree; one reward or not"
+    ),
     "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
     "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),

@@ -32,7 +32,8 @@ class PreferenceSource:
     reward_weights: tuple[float, ...] = ()
     """One factor for each reward; 1 unless given."""
     judge: str | None = None
-    """Instead of --reward: reward:R (any --reward), rule:NAME, or py:package.module:function."""
+    """Instead of --reward: reward:R (any --reward), rule:NAME, py:package.module:function, llm:URL#MODEL, or
+    labels:FILE."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def check_source(config: OnlineDpo) -> None:
         raise ValueError("--reward and --judge: give one of them, for one must say which answer is better.")
     if source.judge is None:
         return
-    check_outside(config.run.out, "--judge", source.judge.removeprefix("reward:"))
+    check_outside(config.run.out, "--judge", source.judge.removeprefix("reward:").removeprefix("labels:"))
     if source.reward_weights:
         raise ValueError("--reward-weights has no effect without --reward.")
     if options.group_size != 2:
