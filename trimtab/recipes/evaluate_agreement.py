@@ -48,7 +48,7 @@ def print_tables(found: Agreement, source: str, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(source))
+    table = Table(title=escape(source), box=None)
     table.add_column("agreement")
     table.add_column("[95 % interval]", justify="right")
     table.add_column("of", justify="right")
@@ -57,7 +57,7 @@ def print_tables(found: Agreement, source: str, console: Console) -> None:
     kappa = f"{found.kappa:.3f}" if found.kappa_pairs else "too few items in common"
     table.add_row("Cohen's kappa, mean", kappa, f"{found.kappa_pairs} pairs of annotators")
     console.print(table)
-    each = Table(title="annotators against the majority of the others")
+    each = Table(title="each against the others' majority", box=None)
     for title in ("annotator", "agrees [95 % interval]", "items"):
         each.add_column(title, justify="left" if title == "annotator" else "right")
     for name, estimate in list(found.annotators.items())[:ANNOTATORS_SHOWN]:

@@ -204,18 +204,18 @@ def print_tables(found: Tournament, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(found.judge))
-    for title in ("first", "second", "win rate [95 % interval]", "at equal lengths", "wins/ties/losses", "prompts"):
-        table.add_column(title, justify="left" if title in ("first", "second") else "right")
+    table = Table(title=escape(found.judge), box=None, pad_edge=False)
+    for title in ("first", "second", "win rate [95 %]", "at equal lengths", "w/t/l", "prompts"):
+        is_name = title in ("first", "second")
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=not is_name, overflow="fold")
     for rate in found.rates:
         controlled = "" if rate.length_controlled is None else f"{rate.length_controlled.rate:.3f}"
         counts = f"{rate.wins}/{rate.ties}/{rate.losses}"
-        table.add_row(
-            escape(rate.first), escape(rate.second), f"{rate.rate:.3f}", controlled, counts, str(rate.rate.count)
-        )
+        names = (escape(rate.first), escape(rate.second))
+        table.add_row(*names, f"{rate.rate:.3f}", controlled, counts, str(rate.rate.count))
     console.print(table)
     if found.ratings:
-        ratings = Table(title="Bradley-Terry ratings, logits")
+        ratings = Table(title="Bradley-Terry ratings, logits", box=None)
         ratings.add_column("system")
         ratings.add_column("rating [95 % interval]", justify="right")
         for name, rating in found.ratings.items():
