@@ -84,7 +84,7 @@ def test_verdicts_that_were_written_are_read_again(
 def test_a_language_model_judges_and_its_failures_lose_nothing(
     systems: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.judges.endpoint.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("trimtab.judges.endpoint.Patience.pause", lambda patience, seconds: None)
     broken = True
 
     def says(asked: str, number: int) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -214,6 +215,19 @@ def test_silence_is_a_failure_and_others_go_on() -> None:
     assert judge.asked.counts["failed"] == 1 and "within 0.2 s" in str(judge.asked)
 
 
+def test_a_refusal_ends_the_waits_of_the_others() -> None:
+    """Seven requests would wait a minute each before their next try; the eighth shows that the key is wrong."""
+
+    def refuses_one(asked: str, number: int) -> Said:
+        return (401, b"no") if shown(asked)[1] == "0" else (503, b"")
+
+    with serving(refuses_one, {"Retry-After": "60"}) as server:
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="answered 401"):
+            judge_at(server, workers=8)(comparisons(8))
+        assert time.monotonic() - began < 20
+
+
 def test_nobody_listening_ends_in_a_summary() -> None:
     with serving(prefers_longer) as server:
         pass
@@ -231,7 +245,7 @@ def test_what_would_always_fail_stops_at_once(status: int) -> None:
 
 def test_a_server_says_how_long_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("trimtab.judges.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("trimtab.judges.endpoint.Patience.pause", lambda patience, seconds: waits.append(seconds))
     with serving(stumbles_once((429, b"")), {"Retry-After": "7"}) as server:
         judge_at(server)(comparisons(1))
     assert waits == [7.0]

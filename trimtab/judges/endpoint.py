@@ -107,20 +107,22 @@ class Endpoint:
                     found[path] = future.result()
                     advance()
             finally:
+                # Where one was refused or somebody pressed Ctrl-C, the others neither begin nor try again.
+                patience.over.set()
                 pool.shutdown(wait=True, cancel_futures=True)
         return found
 
     def one(self, client: httpx2.Client, body: Mapping[str, Any], path: Path, patience: Patience) -> Reply:
         """One reply, kept on disk, or why there is none."""
-        if patience.is_lost:
+        if patience.over.is_set():
             return Reply(None, "not asked")
-        reply = self.tried(client, body)
+        reply = self.tried(client, body, patience)
         if reply.text is not None:
             keep_reply(path, reply.text, self.model)
         patience.note(failed=reply.text is None)
         return reply
 
-    def tried(self, client: httpx2.Client, body: Mapping[str, Any]) -> Reply:
+    def tried(self, client: httpx2.Client, body: Mapping[str, Any], patience: Patience) -> Reply:
         """Several tries, with growing waits between them."""
         problem = "never tried"
         for tries_left in reversed(range(self.tries)):
@@ -128,10 +130,10 @@ class Endpoint:
                 return Reply(self.without_key(text_of(self.fetched(client, body))))
             except Unanswered as error:
                 problem, again, wait = self.without_key(str(error)), error.again, error.wait
-            if not again or not tries_left:
+            if not again or not tries_left or patience.over.is_set():
                 break
             grown = self.first_wait * 2 ** (self.tries - 1 - tries_left) * random.uniform(0.5, 1)
-            time.sleep(min(LONGEST_WAIT, max(wait, grown)))
+            patience.pause(min(LONGEST_WAIT, max(wait, grown)))
         return Reply(None, problem)
 
     def fetched(self, client: httpx2.Client, body: Mapping[str, Any]) -> bytes:
@@ -173,20 +175,23 @@ class Endpoint:
 
 
 class Patience:
-    """Whether asking on makes sense; shared by the threads that ask."""
+    """Whether asking on makes sense, shared by the threads that ask: `over` is set when it does not."""
 
     def __init__(self) -> None:
+        self.over = threading.Event()
         self.in_a_row = 0
         self.lock = threading.Lock()
 
-    @property
-    def is_lost(self) -> bool:
-        return self.in_a_row >= FAILURES_IN_A_ROW
+    def pause(self, seconds: float) -> None:
+        """Wait, though not beyond the end."""
+        self.over.wait(seconds)
 
     def note(self, *, failed: bool) -> None:
         """Count a request that failed; one that did not ends the row."""
         with self.lock:
             self.in_a_row = self.in_a_row + 1 if failed else 0
+            if self.in_a_row >= FAILURES_IN_A_ROW:
+                self.over.set()
 
 
 def text_of(content: bytes) -> str:
