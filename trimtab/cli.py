@@ -53,6 +53,12 @@ COMMANDS = {
     "evaluate reward": Command(
         "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs, RewardBench"
     ),
+    "evaluate win-rate": Command(
+        "evaluate_win_rate", "EvaluateWinRate", "evaluate_win_rate", "which system answers better, under a judge"
+    ),
+    "evaluate agreement": Command(
+        "evaluate_agreement", "EvaluateAgreement", "evaluate_agreement", "how far annotators agree; one reward or not"
+    ),
     "evaluate drift": Command(
         "evaluate_drift", "EvaluateDrift", "evaluate_drift", "how far a policy has moved: KL, entropy, length, ..."
     ),

@@ -69,8 +69,9 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved[name] = absolute(resolved[name])
     if "reward" in resolved:
         resolved["reward"] = [name if name in RULES else absolute(name) for name in resolved["reward"]]
-    if (resolved.get("judge") or "").startswith("reward:"):
-        resolved["judge"] = f"reward:{absolute(resolved['judge'].removeprefix('reward:'))}"
+    kind, _, name = (resolved.get("judge") or "").partition(":")
+    if kind in ("reward", "labels"):
+        resolved["judge"] = f"{kind}:{absolute(name)}"
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
     write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
