@@ -13,7 +13,7 @@ import pytest
 from trimtab import data, untrusted
 from trimtab.records import Prompt
 
-MEMORY = 1500 * 2**20
+MEMORY = 2500 * 2**20  # of address space, of which pyarrow reserves a gigabyte at once
 ROW = b'{"prompt": "p"}\n'
 
 
