@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("TRIMTAB_DEBUG"):
             raise
-        told = f"not enough memory ({error})" if isinstance(error, MemoryError) else str(error)
+        told = "there is not enough memory for this" if isinstance(error, MemoryError) else str(error)
         print(f"trimtab: {printable(told)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:

@@ -24,7 +24,9 @@ MEGABYTE = 2**20
 MOST_LINE = 16 * MEGABYTE
 """Bytes of a line of JSON Lines, characters of a csv cell or of any text field; a million tokens are 4 MB."""
 MOST_WHOLE = 512 * MEGABYTE
-"""Bytes of a file that is parsed in one piece (.json, .parquet.gz) and of the parquet rows in memory at a time."""
+"""Bytes of a file that is parsed in one piece (.json, .parquet.gz)."""
+MOST_ROWS = 128 * MEGABYTE
+"""Bytes of the parquet rows that are unpacked at a time."""
 MOST_SETTINGS = 16 * MEGABYTE
 """Bytes of a config.yaml, an environment.json or a model's configuration file."""
 MOST_TEMPLATE = MEGABYTE

@@ -13,16 +13,14 @@ import pytest
 from trimtab import data, untrusted
 from trimtab.records import Prompt
 
-MEMORY = 1500 * 2**20
+MEMORY = 2500 * 2**20  # of address space, of which pyarrow reserves a gigabyte at once
 ROW = b'{"prompt": "p"}\n'
 
 
 def bomb(path: Path, before: bytes, piece: bytes) -> None:
-    """A .gz file of about a megabyte that inflates to a gigabyte."""
-    with gzip.open(path, "wb", compresslevel=6) as stream:
-        stream.write(before)
-        for _ in range(2**30 // len(piece)):
-            stream.write(piece)
+    """A .gz file of about a megabyte that inflates to a gigabyte: one packed piece again and again."""
+    packed = gzip.compress(piece * (2**24 // len(piece)))
+    path.write_bytes(gzip.compress(before) + packed * 64)
 
 
 def one_value_many_times(path: Path) -> None:
@@ -31,7 +29,7 @@ def one_value_many_times(path: Path) -> None:
 
     value = pyarrow.array(["p" * 20_000_000])
     rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), value)
-    parquet.write_table(pyarrow.table({"prompt": rows}), path)
+    parquet.write_table(pyarrow.table({"prompt": rows}), path, dictionary_pagesize_limit=2**26)
 
 
 FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from ..untrusted import (
     MOST_LINE,
-    MOST_WHOLE,
+    MOST_ROWS,
     lines_of,
     open_inflated,
     open_regular,
@@ -171,7 +171,7 @@ def rows_in_memory(metadata: Any) -> int:
     """Rows to unpack at a time: each may hold the largest value of its column, which is stored once for all of them."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     sizes = [group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)]
-    return max(1, min(1024, MOST_WHOLE // max(1, *sizes, 1)))
+    return max(1, min(1024, MOST_ROWS // max(1, *sizes, 1)))
 
 
 READERS: dict[str, Callable[[str, IO[bytes]], Iterator[Located]]] = {
