@@ -171,12 +171,11 @@ def test_a_policy_chooses_the_likelier_answer_without_its_closing_token(tmp_path
     import torch
 
     from trimtab.builtin import tiny_policy
-    from trimtab.evals.choices import pick
-    from trimtab.rewards import ImplicitReward
+    from trimtab.evals.choices import Likelihood, pick
     from trimtab.tokens import encode_answer
 
     policy, prompt = tiny_policy(), Prompt.from_user("One?")
-    scorer = ImplicitReward("tiny", policy, None, 1.0)
+    scorer = Likelihood("tiny", policy)
     sums = []
     for choice in ("(A)", "(B)"):
         row = encode_answer(policy.tokenizer, prompt, choice)
@@ -185,8 +184,15 @@ def test_a_policy_chooses_the_likelier_answer_without_its_closing_token(tmp_path
             logs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
         start = row.response.index(True)
         sums.append(float(logs[start - 1 : start + 2].sum()))  # a byte is a token, and (A) has three
-    assert scorer([prompt] * 2, [Answer(c, finished=False) for c in ("(A)", "(B)")]) == pytest.approx(sums, abs=1e-3)
+    assert scorer([prompt] * 2, [Answer(c) for c in ("(A)", "(B)")]) == pytest.approx(sums, abs=1e-3)
     assert pick(scorer, [(prompt, ("(A)", "(B)"))]) == [(int(sums[1] > sums[0]),)]
+
+
+def test_a_reward_model_sees_choices_as_ended_answers() -> None:
+    seen: list[bool] = []
+    ended = RuleReward("ended", lambda prompt, answer: float(seen.append(answer.finished) is None))
+    opinion_match(ended, opinions(2))
+    assert seen and all(seen)
 
 
 def test_rows_of_neither_form_are_told(tmp_path: Path) -> None:

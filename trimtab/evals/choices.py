@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from trimtab.records import Answer, Prompt
-from trimtab.rewards import Reward, every_score
+from trimtab.rewards import ImplicitReward, Reward, every_score
+
+if TYPE_CHECKING:
+    from trimtab.models import Policy
 
 Picks = list[tuple[int, ...]]
 """For each question the places of the choices that share its highest score: one, but for ties."""
@@ -22,14 +26,29 @@ class Question:
     group: str = ""
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """A policy as a reward: the log-probability of the answer's own tokens, nats, and not of ending there.
+
+    So "(A)" and "(B)" are compared, and not how likely the policy is to say nothing after them.
+    """
+
+    name: str
+    policy: Policy
+    batch_rows: int = 16
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
+        score = ImplicitReward(self.name, self.policy, None, 1.0, batch_rows=self.batch_rows)
+        return score(prompts, [replace(answer, finished=False) for answer in answers])
+
+
 def pick(reward: Reward, asked: Sequence[tuple[Prompt, Sequence[str]]], *, per_character: bool = False) -> Picks:
     """What is chosen of the answers to each prompt; all in one call, so that batches are full.
 
-    The answers are taken as unfinished, so that a policy's likelihood is that of the choice itself and not of ending
-    there. `per_character` divides scores by the length of the choice, for choices of unequal length.
+    `per_character` divides scores by the length of the choice, for choices of unequal length.
     """
     prompts = [prompt for prompt, choices in asked for _ in choices]
-    answers = [Answer(choice, finished=False) for _, choices in asked for choice in choices]
+    answers = [Answer(choice) for _, choices in asked for choice in choices]
     scores = every_score(reward, prompts, answers)
     if per_character:
         scores = [score / max(len(answer.text), 1) for score, answer in zip(scores, answers, strict=True)]

@@ -51,11 +51,11 @@ def load_scorer(options: ScorerOptions) -> Reward:
 
 
 def likelihood(model: str, loading: dict[str, Any], batch_rows: int) -> Reward:
-    """A policy as a reward: the log-probability of an answer, nats."""
+    """A policy that chooses the likelier answer."""
+    from trimtab.evals.choices import Likelihood
     from trimtab.models import load_policy
-    from trimtab.rewards.implicit import ImplicitReward
 
-    return ImplicitReward(model, load_policy(model, **loading), None, 1.0, batch_rows=batch_rows)
+    return Likelihood(model, load_policy(model, **loading), batch_rows)
 
 
 def start_model(model: str, reference: str | None) -> str:
