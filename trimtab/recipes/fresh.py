@@ -72,9 +72,10 @@ def learn_from_fresh(
     collect: Callable[[Rollouts, Sequence[int]], Referenced[PairBatch] | DemonstrationBatch],
 ) -> None:
     """Sample, score, choose, step: from checked flags to a finished run."""
-    from trimtab.judges import JudgedReward
+    from trimtab.judges import JudgedReward, asked_of
     from trimtab.models import load_policy
     from trimtab.objectives import FreshObjective
+    from trimtab.progress import console
     from trimtab.recipes import training
     from trimtab.records import Prompt
     from trimtab.selection import ONE_UPDATE, fresh_batches
@@ -107,6 +108,9 @@ def learn_from_fresh(
         evaluate = evaluation(run, stages, policy, reference, prompts["eval"], config)
     training.train_online(run, learner, batches, evaluate, policy, prompts.get("eval", prompts["train"]), config)
     tell_counts(counts)
+    asked = asked_of(reward.judge) if isinstance(reward, JudgedReward) else None
+    if asked is not None:
+        console.print(f"judge: {asked}")
 
 
 def save_memory(run: Run, policy: Policy, prompts: Sequence[Prompt], config: Any) -> None:
