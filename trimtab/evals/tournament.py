@@ -18,10 +18,10 @@ from trimtab.judges import (
     BothOrders,
     Judge,
     LabelJudge,
-    LanguageJudge,
     RewardJudge,
     RuleJudge,
     Verdict,
+    asked_of,
     compared,
 )
 from trimtab.judges.asking import is_same
@@ -123,11 +123,12 @@ def play_all(
         Judged(key, *two, p, len(asked.first.text), len(asked.second.text))
         for key, two, p, asked in zip(keys, names, values, comparisons, strict=True)
     ]
+    told = zip(keys, verdicts, comparisons, strict=True) if verdicts else ()
     found = tournament(
         judge.name,
         rows,
         # The same answer twice was not asked about, so it tells nothing of the judge.
-        [two for two, asked in zip(zip(keys, verdicts, strict=False), comparisons, strict=False) if not is_same(asked)],
+        [(key, said) for key, said, asked in told if not is_same(asked)],
         asked=asked_of(judge),
         left_out=left_out,
         seed=seed,
@@ -141,9 +142,3 @@ def judged_values(judge: Judge, comparisons: Sequence[Comparison]) -> tuple[list
         return compared(judge, comparisons), []
     verdicts = (judge if isinstance(judge, BothOrders) else BothOrders(judge)).verdicts(comparisons)
     return [verdict.value for verdict in verdicts], verdicts
-
-
-def asked_of(judge: Judge) -> Asked | None:
-    """The tally of a language model's replies."""
-    inner = judge.judge if isinstance(judge, BothOrders) else judge
-    return inner.asked if isinstance(inner, LanguageJudge) else None

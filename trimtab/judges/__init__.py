@@ -9,7 +9,7 @@ from trimtab.judges.asking import BothOrders, Judge, JudgedReward, Verdict, comp
 from trimtab.judges.computed import FunctionJudge, RewardJudge, RuleJudge
 from trimtab.judges.endpoint import Endpoint
 from trimtab.judges.labels import LabelJudge
-from trimtab.judges.language import Asked, LanguageJudge
+from trimtab.judges.language import Asked, LanguageJudge, asked_of
 from trimtab.judges.parse import parse_judge
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RewardJudge",
     "RuleJudge",
     "Verdict",
+    "asked_of",
     "compared",
     "parse_judge",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.judges.asking import TIE
+from trimtab.judges.asking import TIE, BothOrders, Judge
 from trimtab.judges.endpoint import Endpoint, Reply
 from trimtab.records import TEXT, Comparison, Prompt
 
@@ -127,3 +127,9 @@ def verdict_of(reply: str) -> float | None:
     spoken = reply.rpartition("</think>")[2]
     said = {match["said"].lower() for match in VERDICT.finditer(spoken)}
     return MEANING[said.pop()] if len(said) == 1 else None
+
+
+def asked_of(judge: Judge) -> Asked | None:
+    """The tally of a language model's replies; None of another judge."""
+    inner = judge.judge if isinstance(judge, BothOrders) else judge
+    return inner.asked if isinstance(inner, LanguageJudge) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab import health
 from trimtab.batches import DemonstrationBatch, PairBatch, Referenced, Rollouts
-from trimtab.judges import Judge, JudgedReward, compared
+from trimtab.judges import Judge, JudgedReward, asked_of, compared
 from trimtab.objectives import FreshObjective, Objective
 from trimtab.progress import console
 from trimtab.recipes import online, training
@@ -56,6 +56,9 @@ def learn_from_fresh(
     evaluate = online.evaluation(run, measure_of(reward), policy, reference, prompts.get("eval"), config, sampler)
     training.train_online(run, learner, batches, evaluate, policy, prompts.get("eval", prompts["train"]), config)
     tell(tally)
+    asked = asked_of(reward.judge) if isinstance(reward, JudgedReward) else None
+    if asked is not None:
+        console.print(f"judge: {asked}")
 
 
 def measure_of(reward: Reward) -> online.Measure:
