@@ -88,8 +88,8 @@ def attend_blocks(
     if attention_mask is None or not attention_mask.is_floating_point():
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     query, key, value = plain_heads(module, [query, key, value], options)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return blocked_attention(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return blocked_attention(query, key, value, attention_mask, float(scale)).transpose(1, 2).contiguous(), None
 
 
 def plain_heads(module: nn.Module, heads: Sequence[Tensor], options: Mapping[str, Any]) -> list[Tensor]:
