@@ -53,20 +53,26 @@ class EvaluateFrontier:
     """Run Python code that comes with a model. Off: such models are refused."""
     seed: int = 0
     """Seed of the draws."""
+    plot: str | None = None
+    """Also write the points as a plot, one HTML page."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
 
 def evaluate_frontier(config: EvaluateFrontier) -> None:
     """Read what was measured or measure it, and print the points."""
-    from trimtab.recipes.figures import print_json
+    from trimtab.recipes.figures import check_plot, print_json
+    from trimtab.report.plots import frontier_plot, write_plot
 
     check_limit(config.limit)
+    check_plot(config.plot)
     if not config.runs:
         raise ValueError("give at least one run directory.")
     if (config.data is None) != (not config.reward) or (config.reward_weights and not config.reward):
         raise ValueError("to measure, give --reward and --data both; without them, the runs' own evaluations are read.")
     found = read_points(config) if config.data is None else measure_points(config)
+    if config.plot is not None:
+        write_plot(frontier_plot(found), Path(config.plot))
     if config.json:
         print_json({"runs": list(config.runs)}, found)
     else:

@@ -25,6 +25,8 @@ class EvaluateReward:
     """Held-out pairs: prompt + chosen + rejected, or any format that can be read as pairs."""
     benchmark: Literal["none", "rewardbench", "rewardbench2"] = "none"
     """Read --data in the columns of RewardBench 1 or 2, prompts as user turns, and score it as published."""
+    plot: str | None = None
+    """Also write the reliability plot, accuracy against confidence, as an HTML page; not for benchmarks."""
     json: bool = False
     """Print one JSON object instead of a table."""
     skip_invalid: bool = False
@@ -33,10 +35,13 @@ class EvaluateReward:
 
 def evaluate_reward(config: EvaluateReward) -> None:
     """Read pairs, score both answers, print the shares."""
-    from trimtab.recipes.figures import print_json
+    from pathlib import Path
+
+    from trimtab.recipes.figures import check_plot, print_json
 
     if config.benchmark != "none":
         return evaluate_benchmark(config)
+    check_plot(config.plot)
 
     from trimtab.evals.reward_accuracy import reward_accuracy
     from trimtab.recipes import training
@@ -44,6 +49,10 @@ def evaluate_reward(config: EvaluateReward) -> None:
 
     loaded = training.read(config.data, Preference, skip_invalid=config.skip_invalid)
     accuracy = reward_accuracy(load_reward(config.reward), loaded.records)
+    if config.plot is not None:
+        from trimtab.report.plots import reliability_plot, write_plot
+
+        write_plot(reliability_plot(accuracy.reward, accuracy.calibration), Path(config.plot))
     if config.json:
         print_json({"data": config.data}, accuracy)
     else:
@@ -69,8 +78,8 @@ def evaluate_benchmark(config: EvaluateReward) -> None:
     from trimtab.evals import rewardbench
     from trimtab.recipes.figures import print_json
 
-    if config.skip_invalid:
-        raise ValueError("--skip-invalid has no effect with --benchmark: a benchmark is scored whole or not at all.")
+    if config.skip_invalid or config.plot is not None:
+        raise ValueError("--skip-invalid and --plot have no effect with --benchmark.")
     if config.benchmark == "rewardbench":
         pairs = rewardbench.read_version_1(config.data)
         found = rewardbench.rewardbench_1(load_reward(config.reward), pairs)

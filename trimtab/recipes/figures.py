@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,3 +41,12 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(highlight=False, markup=False).print(text)
+
+
+def check_plot(out: str | None) -> None:
+    """Refuse a page that cannot be written, before any work is done for it; a page that stands there is replaced."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--plot {out}: give a file that ends with .html, in a folder that exists.")
