@@ -144,13 +144,23 @@ def named_sources(given: tuple[str, ...]) -> dict[str, str]:
     for text in given:
         name, equals, source = text.partition("=")
         if not equals:
-            name, source = Path(text).name.split(".")[0] or text, text
+            name, source = called(text), text
         if not name or not source:
             raise ValueError(f"--systems {text!r} is not of the form NAME=SOURCE")
         if name in sources:
             raise ValueError(f"--systems names {name!r} twice; say NAME=SOURCE, such as {name}2={source}")
         sources[name] = source
     return sources
+
+
+def called(source: str) -> str:
+    """The last part of a source, without what says how a file is read."""
+    from trimtab.evals.answers import is_file
+
+    path = Path(source)
+    while is_file(str(path)) or path.suffix.lower() == ".gz":
+        path = path.with_suffix("")
+    return path.name or source
 
 
 def load_systems(config: EvaluateWinRate, sources: Mapping[str, str]) -> tuple[list[System], dict[Key, Prompt]]:
