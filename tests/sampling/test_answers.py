@@ -19,12 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from trimtab import sampling
 from trimtab.builtin import byte_tokenizer, tiny_policy
-from trimtab.draws import Choice
 from trimtab.models import Policy, make_policy
 from trimtab.records import Prompt
-from trimtab.sampling import Samples, sample
+from trimtab.sampling import Samples, answers, sample
+from trimtab.sampling.draws import Choice
 from trimtab.tokens import decode, encode_prompt, eos_id
 
 TEXTS = ["Once upon a time", "a", "The weather today is", "1 2 3", "Dear reader, this is a longer prompt than others."]
@@ -229,7 +228,7 @@ def test_stop_token_ends_an_answer_and_belongs_to_it(policy: Policy) -> None:
 
 
 def test_end_of_sequence_that_is_also_padding(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling.Decoding, "start", classmethod(certain_end(eos_id(policy.tokenizer))))
+    monkeypatch.setattr(answers.Decoding, "start", classmethod(certain_end(eos_id(policy.tokenizer))))
     drawn = sample(policy, PROMPTS[:2], 2, max_new_tokens=4)
     assert drawn.finished.all() and drawn.texts == [""] * 4
     assert (drawn.tokens.response_lengths == 1).all(), "the end token carries loss although padding looks like it"
@@ -237,9 +236,9 @@ def test_end_of_sequence_that_is_also_padding(policy: Policy, monkeypatch: pytes
 
 def certain_end(eos: int):
     """A start whose logits leave no choice but the end of sequence."""
-    start = sampling.Decoding.start.__func__  # pyright: ignore
+    start = answers.Decoding.start.__func__  # pyright: ignore
 
-    def started(cls: type, *given: Any) -> sampling.Decoding:
+    def started(cls: type, *given: Any) -> answers.Decoding:
         batch = start(cls, *given)
         batch.logits = torch.full_like(batch.logits, -1e4)
         batch.logits[:, eos] = 0
@@ -249,13 +248,13 @@ def certain_end(eos: int):
 
 
 def test_finished_rows_leave_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, step = [], sampling.Decoding.step
+    sizes, step = [], answers.Decoding.step
 
-    def counting(self: sampling.Decoding, ids: torch.Tensor) -> None:
+    def counting(self: answers.Decoding, ids: torch.Tensor) -> None:
         sizes.append(len(ids))
         step(self, ids)
 
-    monkeypatch.setattr(sampling.Decoding, "step", counting)
+    monkeypatch.setattr(answers.Decoding, "step", counting)
     free = sample(policy, PROMPTS, 5, max_new_tokens=12, seed=3, stop_ids=())
     assert sizes == [30] * 11
     sizes.clear()

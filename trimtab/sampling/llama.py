@@ -1,7 +1,7 @@
 """The blocks of Llama and its relatives, run with little overhead, for decoding.
 
 One decoding step of a small model is thirty layers of tiny operations, and transformers spends more time between the
-matrix products than in them. Here the weights are made ready once for many steps (`packing.py`). What is computed is
+matrix products than in them. Here the weights are made ready once for many steps (`products.py`). What is computed is
 what the transformers model computes under autocast: products in bf16; norms, rotations and the residual stream in
 float32.
 
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.packing import Product, product_of
+from trimtab.sampling.products import Product, product_of
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """(layer, queries `[B, T, H, W]`, keys and values `[B, T, K, W]`, scale) -> what is attended to, `[B, T, H * W]`."""

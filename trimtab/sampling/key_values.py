@@ -38,7 +38,7 @@ def causal(attended: Mask) -> Bool[Tensor, "P 1 T T"]:
     return (before & attended[:, None, :] | itself)[:, None]
 
 
-class Memory:
+class KeyValues:
     """What the rows of a batch have read, in every layer; each of a row's `K` heads of keys is a line of its own.
 
     `prompts` holds the keys and values of `P` prompts, `[P * K, T, W]` each; `own` those of each row's tokens since,

@@ -21,11 +21,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from trimtab.batches import Tokens
 from trimtab.bodies import positions_of, probe_tokens
-from trimtab.key_values import Memory, with_room
-from trimtab.llama import Llama, has_its_parts
-from trimtab.packing import Product, projection_of
 from trimtab.precision import fast_products
 from trimtab.projection import Head, head_of
+from trimtab.sampling.key_values import KeyValues, with_room
+from trimtab.sampling.llama import Llama, has_its_parts
+from trimtab.sampling.products import Product, projection_of
 
 if TYPE_CHECKING:
     from trimtab.models import Policy
@@ -164,10 +164,6 @@ class GrowingLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length` under the name that earlier versions of transformers ask for."""
-        return -1
-
 
 # ---- Llama and its relatives
 
@@ -175,10 +171,10 @@ class GrowingLayer(CacheLayerMixin):
 class LeanDecoder:
     """Rows read by our own loop over the blocks; `positions` are those of the last tokens."""
 
-    def __init__(self, body: Llama, project: Product, memory: Memory, positions: Int[Tensor, " B"]) -> None:
+    def __init__(self, body: Llama, project: Product, key_values: KeyValues, positions: Int[Tensor, " B"]) -> None:
         self.body = body
         self.project = project
-        self.memory = memory
+        self.key_values = key_values
         self.positions = positions
 
     @classmethod
@@ -187,20 +183,20 @@ class LeanDecoder:
     ) -> tuple[Decoder, Logits]:
         """Read the prompts, and remember them for all rows that continue them."""
         positions = positions_of(prompts.attention_mask) + first_position
-        memory = Memory(prompts.attention_mask)
-        states = body(prompts.ids, positions, memory.read_prompts)
-        memory.continue_from(rows)
-        return cls(body, project, memory, positions[rows, -1]), project(states[:, -1])[rows]
+        key_values = KeyValues(prompts.attention_mask)
+        states = body(prompts.ids, positions, key_values.read_prompts)
+        key_values.continue_from(rows)
+        return cls(body, project, key_values, positions[rows, -1]), project(states[:, -1])[rows]
 
     def step(self, ids: Int[Tensor, " B"]) -> Logits:
         self.positions = self.positions + 1
-        self.memory.next_column()
-        states = self.body(ids[:, None], self.positions[:, None], self.memory.read_token)
+        self.key_values.next_column()
+        states = self.body(ids[:, None], self.positions[:, None], self.key_values.read_token)
         return self.project(states[:, 0])
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
         self.positions = self.positions[rows]
-        self.memory.keep(rows)
+        self.key_values.keep(rows)
 
 
 def lean_parts(network: PreTrainedModel, dtype: torch.dtype) -> tuple[Llama, Product]:

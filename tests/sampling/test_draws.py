@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from trimtab import draws
-from trimtab.draws import (
+from trimtab.sampling import draws
+from trimtab.sampling.draws import (
     Choice,
     draw,
     inverse_cdf,

@@ -1,4 +1,4 @@
-"""Packing: products of prepared weights are the products of the layers they were made of."""
+"""Products of prepared weights are the products of the layers they were made of."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trimtab import packing
 from trimtab.builtin import tiny_policy
-from trimtab.packing import PackedProduct, PlainProduct, can_pack, joined_biases, product_of, projection_of
 from trimtab.projection import Head
+from trimtab.sampling import products
+from trimtab.sampling.products import PackedProduct, PlainProduct, can_pack, joined_biases, product_of, projection_of
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param and not can_pack(CPU):
         pytest.skip("this processor or torch packs no weights")
-    monkeypatch.setattr(packing, "can_pack", lambda device: request.param)
+    monkeypatch.setattr(products, "can_pack", lambda device: request.param)
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""Sampling: prompts -> answers with their log-probabilities, by an own decode loop on the live model.
+"""The loop of sampling: prompts -> answers with their log-probabilities, on the live model.
 
 - Each prompt of a batch is read once; its answers continue from copies of its key-value cache. Rows that have ended
   leave the batch.
@@ -6,8 +6,6 @@
   prompt, answer, position). So an answer does not depend on the batch it was drawn in, nor on the order of the prompts,
   and the first 4 of 8 answers are the 4 that `n=4` gives. Exact but for rounding: other batches give other last
   digits, which moves a draw that falls on the edge between two tokens; rare in float32, frequent in bf16.
-
-How a model reads tokens is in `decoders.py`, how a token is chosen in `draws.py`.
 """
 
 from __future__ import annotations
@@ -23,12 +21,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trimtab import records
 from trimtab.batches import PerToken, Tokens, move
-from trimtab.decoders import Decoder, Start, decoders
-from trimtab.draws import Choice, Drawn, draw, row_key, uniforms
 from trimtab.progress import progress_bar
-from trimtab.records import Prompt
+from trimtab.records import Answer, Prompt
+from trimtab.sampling.decoders import Decoder, Start, decoders
+from trimtab.sampling.draws import Choice, Drawn, draw, row_key, uniforms
 from trimtab.tokens import Row, decode, encode_prompts, pad
 from trimtab.tokens import stop_ids as tokenizer_stop_ids
 
@@ -64,14 +61,14 @@ class Samples:
         return [prompt for prompt in self.prompts for _ in range(self.n)]
 
     @property
-    def answers(self) -> list[records.Answer]:
+    def answers(self) -> list[Answer]:
         """Every row's answer for a reward: its text, whether it ended, and the ids drawn."""
         rows = zip(self.texts, self.finished.tolist(), self.tokens.ids, self.tokens.response_mask, strict=True)
-        return [records.Answer(text, finished, tuple(ids[drawn].tolist())) for text, finished, ids, drawn in rows]
+        return [Answer(text, finished, tuple(ids[drawn].tolist())) for text, finished, ids, drawn in rows]
 
 
 @dataclass
-class Answer:
+class PartialAnswer:
     """One answer while it is written: its prompt's ids, the key of its uniform numbers, and what was drawn."""
 
     prompt: list[int]
@@ -80,6 +77,10 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     sampled_logprobs: list[float] = field(default_factory=list)
     finished: bool = False
+
+
+Sampler = Callable[..., Samples]
+"""`sample`, or what answers the same call."""
 
 
 def sample(  # noqa: PLR0913 (what one may set about sampling, each by its name)
@@ -134,7 +135,7 @@ def check(prompts: Sequence[Prompt], *, n: int, max_new_tokens: int, batch_rows:
         raise ValueError(f"step is {step}: give the number of a step, from 0")
 
 
-def blank_answers(policy: Policy, prompts: Sequence[Prompt], n: int, seed: int, step: int) -> list[Answer]:
+def blank_answers(policy: Policy, prompts: Sequence[Prompt], n: int, seed: int, step: int) -> list[PartialAnswer]:
     """Every answer to write, prompt by prompt."""
     encoded = encode_prompts(policy.tokenizer, prompts)
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -149,7 +150,7 @@ def blank_answers(policy: Policy, prompts: Sequence[Prompt], n: int, seed: int, 
         # A prompt that is asked twice gets other answers the second time.
         first = n * seen[tuple(ids)]
         seen[tuple(ids)] += 1
-        answers += [Answer(ids, row_key(seed, ids, first + i, step)) for i in range(n)]
+        answers += [PartialAnswer(ids, row_key(seed, ids, first + i, step)) for i in range(n)]
     return answers
 
 
@@ -214,7 +215,11 @@ class Decoding:
     """
 
     def __init__(
-        self, answers: list[Answer], decoder: Decoder, logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"] | None
+        self,
+        answers: list[PartialAnswer],
+        decoder: Decoder,
+        logits: Float[Tensor, "B V"],
+        seen: Bool[Tensor, "B V"] | None,
     ) -> None:
         self.all_answers = self.answers = answers
         self.keys = np.array([answer.key for answer in answers], dtype=np.uint64)
@@ -223,7 +228,7 @@ class Decoding:
         self.seen = seen
 
     @classmethod
-    def start(cls, policy: Policy, start: Start, answers: list[Answer], choice: Choice) -> Decoding:
+    def start(cls, policy: Policy, start: Start, answers: list[PartialAnswer], choice: Choice) -> Decoding:
         """Read each different prompt once, then continue from copies of what was read."""
         prompts = list(dict.fromkeys(tuple(answer.prompt) for answer in answers))
         places = {prompt: place for place, prompt in enumerate(prompts)}
@@ -259,7 +264,7 @@ class Decoding:
         self.logits = self.decoder.step(ids)
 
 
-def marked(answers: Sequence[Answer], logits: Float[Tensor, "B V"]) -> Bool[Tensor, "B V"]:
+def marked(answers: Sequence[PartialAnswer], logits: Float[Tensor, "B V"]) -> Bool[Tensor, "B V"]:
     """Which tokens stand in each answer's prompt."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, answer in zip(seen, answers, strict=True):
@@ -270,7 +275,9 @@ def marked(answers: Sequence[Answer], logits: Float[Tensor, "B V"]) -> Bool[Tens
 # ---- Samples
 
 
-def collect(policy: Policy, prompts: Sequence[Prompt], n: int, answers: Sequence[Answer], ending: Ending) -> Samples:
+def collect(
+    policy: Policy, prompts: Sequence[Prompt], n: int, answers: Sequence[PartialAnswer], ending: Ending
+) -> Samples:
     """The written answers as padded rows and as texts."""
     rows = [Row(a.prompt + a.ids, [False] * len(a.prompt) + [True] * len(a.ids)) for a in answers]
     tokens = pad(rows, policy.pad_id)

@@ -9,14 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from trimtab import decoders
 from trimtab.builtin import byte_tokenizer, tiny_policy
-from trimtab.decoders import CacheDecoder, LeanDecoder, is_lean
-from trimtab.llama import Llama, has_its_parts
 from trimtab.models import make_policy
-from trimtab.packing import PlainProduct
 from trimtab.records import Prompt
-from trimtab.sampling import sample
+from trimtab.sampling import decoders, sample
+from trimtab.sampling.decoders import CacheDecoder, LeanDecoder, is_lean
+from trimtab.sampling.llama import Llama, has_its_parts
+from trimtab.sampling.products import PlainProduct
 
 PROMPTS = [Prompt.from_text(text) for text in ("Once upon a time", "a", "A longer prompt than the others here is.")]
 

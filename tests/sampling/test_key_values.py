@@ -1,11 +1,11 @@
-"""Memory: attention to shared prompts and own tokens is attention to the whole row."""
+"""Keys and values: attention to shared prompts and own tokens is attention to the whole row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from trimtab.key_values import CACHE_BLOCK, Memory, blocked, causal, with_room
+from trimtab.sampling.key_values import CACHE_BLOCK, KeyValues, blocked, causal, with_room
 
 HEADS, GROUP, WIDTH, SCALE = 2, 3, 4, 0.7
 GENERATOR = torch.Generator().manual_seed(0)
@@ -30,26 +30,26 @@ def literal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> to
 @pytest.mark.parametrize("prompt_of", [[0, 0, 1, 2], [2, 0, 2, 2, 1], [1], [0, 1, 2, 0, 1, 2]])
 def test_shared_attention_is_that_of_each_row_alone(prompt_of: list[int]) -> None:
     attended = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
-    memory = Memory(attended)
+    key_values = KeyValues(attended)
     prompts = [parts(3, 5) for _ in range(2)]
     for layer, (queries, keys, values) in enumerate(prompts):
-        found = memory.read_prompts(layer, queries, keys, values, SCALE)
+        found = key_values.read_prompts(layer, queries, keys, values, SCALE)
         for row, column in attended.nonzero().tolist():
             seen = attended[row] & (torch.arange(5) <= column)
             expected = literal(queries[row, column], keys[row, seen], values[row, seen])
             torch.testing.assert_close(found[row, column].double(), expected, atol=1e-6, rtol=1e-6)
-    memory.continue_from(torch.tensor(prompt_of))
+    key_values.continue_from(torch.tensor(prompt_of))
     histories = [[(keys[p, attended[p]], values[p, attended[p]]) for p in prompt_of] for _, keys, values in prompts]
     for step in range(CACHE_BLOCK + 3):
         if step in (2, CACHE_BLOCK) and len(histories[0]) > 1:
             # The first row leaves, and the others change places.
             rows = torch.arange(len(histories[0]) - 1, 0, -1)
-            memory.keep(rows)
+            key_values.keep(rows)
             histories = [[history[row] for row in rows.tolist()] for history in histories]
-        memory.next_column()
+        key_values.next_column()
         for layer, history in enumerate(histories):
             queries, keys, values = parts(len(history), 1)
-            found = memory.read_token(layer, queries, keys, values, SCALE)
+            found = key_values.read_token(layer, queries, keys, values, SCALE)
             for row, (before_keys, before_values) in enumerate(history):
                 history[row] = torch.cat([before_keys, keys[row]]), torch.cat([before_values, values[row]])
                 expected = literal(queries[row, 0], *history[row])
@@ -57,21 +57,21 @@ def test_shared_attention_is_that_of_each_row_alone(prompt_of: list[int]) -> Non
 
 
 def test_prompts_that_nobody_continues_are_forgotten() -> None:
-    memory = Memory(torch.ones(3, 5, dtype=torch.bool))
-    memory.read_prompts(0, *parts(3, 5), SCALE)
-    memory.continue_from(torch.tensor([0, 1, 1, 2]))
-    memory.keep(torch.tensor([1, 3]))
-    assert memory.prompts[0][0].shape == (2 * HEADS, 5, WIDTH) and memory.prompt_of.tolist() == [0, 1]
-    memory.keep(torch.tensor([1]))
-    assert memory.prompts[0][0].shape == (HEADS, 5, WIDTH) and memory.own[0][0].shape[0] == HEADS
+    key_values = KeyValues(torch.ones(3, 5, dtype=torch.bool))
+    key_values.read_prompts(0, *parts(3, 5), SCALE)
+    key_values.continue_from(torch.tensor([0, 1, 1, 2]))
+    key_values.keep(torch.tensor([1, 3]))
+    assert key_values.prompts[0][0].shape == (2 * HEADS, 5, WIDTH) and key_values.prompt_of.tolist() == [0, 1]
+    key_values.keep(torch.tensor([1]))
+    assert key_values.prompts[0][0].shape == (HEADS, 5, WIDTH) and key_values.own[0][0].shape[0] == HEADS
 
 
 def test_siblings_share_a_product() -> None:
-    memory = Memory(torch.ones(2, 5, dtype=torch.bool))
-    memory.read_prompts(0, *parts(2, 5), SCALE)
-    memory.continue_from(torch.tensor([0, 0, 0, 1]))
+    key_values = KeyValues(torch.ones(2, 5, dtype=torch.bool))
+    key_values.read_prompts(0, *parts(2, 5), SCALE)
+    key_values.continue_from(torch.tensor([0, 0, 0, 1]))
     # Three seats at each of two prompts and two heads; two of the second prompt's are empty.
-    assert len(memory.seats) == 2 * HEADS * 3 and len(memory.seat_of.unique()) == 4 * HEADS
+    assert len(key_values.seats) == 2 * HEADS * 3 and len(key_values.seat_of.unique()) == 4 * HEADS
 
 
 def test_room_grows_by_blocks_and_keeps_what_it_holds() -> None:
