@@ -8,6 +8,7 @@ import pytest
 
 from tests.judges.servers import completion, serving, shown
 from trimtab.cli import main
+from trimtab.recipes.evaluate_win_rate import named_sources
 
 QUESTIONS = [f"question {n}" for n in range(12)]
 
@@ -190,6 +191,11 @@ def test_alpaca_eval_annotations(tmp_path: Path, capsys: pytest.CaptureFixture) 
 def test_mistakes_are_named(flags: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
     assert main(["evaluate", "win-rate", *flags]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_systems_are_called_by_their_last_part() -> None:
+    given = ("runs/dpo/", "owner/Model2.5-0.5B", "a/answers.v2.jsonl.gz", "old=b/answers.json", "tiny")
+    assert list(named_sources(given)) == ["dpo", "Model2.5-0.5B", "answers.v2", "old", "tiny"]
 
 
 def test_more_mistakes(systems: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

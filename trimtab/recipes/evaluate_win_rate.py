@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.recipes.options import Dtype, SamplingOptions, check_file, check_limit
+from trimtab.recipes.options import Dtype, SamplingOptions, check_file, check_limit, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -144,13 +144,23 @@ def named_sources(given: tuple[str, ...]) -> dict[str, str]:
     for text in given:
         name, equals, source = text.partition("=")
         if not equals:
-            name, source = Path(text).name.split(".")[0] or text, text
+            name, source = called(text), text
         if not name or not source:
             raise ValueError(f"--systems {text!r} is not of the form NAME=SOURCE")
         if name in sources:
             raise ValueError(f"--systems names {name!r} twice; say NAME=SOURCE, such as {name}2={source}")
         sources[name] = source
     return sources
+
+
+def called(source: str) -> str:
+    """The last part of a source, without what says how a file is read."""
+    from trimtab.evals.answers import is_file
+
+    path = Path(source)
+    while is_file(str(path)) or path.suffix.lower() == ".gz":
+        path = path.with_suffix("")
+    return path.name or source
 
 
 def load_systems(config: EvaluateWinRate, sources: Mapping[str, str]) -> tuple[list[System], dict[Key, Prompt]]:
@@ -189,12 +199,13 @@ def sample_answers(config: EvaluateWinRate, name: str, source: str, prompts: Map
     from trimtab.progress import console
     from trimtab.recipes import training
     from trimtab.records import Answer
-    from trimtab.sampling import sample
 
+    sampler = training.sampler_of(config.sampling)
     policy = load_policy(source, **training.scoring(config.judging))
     console.print(f"{name}: {source} on {policy.device}: {policy.arithmetic.why}")
     asked = {key: prompt for key, prompt in prompts.items() if sum(m.role == "user" for m in prompt.messages) < 2}
-    samples = sample(policy, list(asked.values()), 1, seed=config.seed, progress=True, **asdict(config.sampling))
+    settings = settings_of(config.sampling)
+    samples = sampler(policy, list(asked.values()), 1, seed=config.seed, progress=True, **settings)
     rows = zip(asked, samples.texts, samples.finished.tolist(), strict=True)
     return System(name, {key: [Answer(text, finished)] for key, text, finished in rows}, asked)
 
