@@ -6,7 +6,6 @@ failed says why, what was finished is on disk.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import threading
@@ -21,6 +20,7 @@ import httpx2
 
 from trimtab.judges.replies import keep_reply, read_reply, reply_path
 from trimtab.progress import progress_bar
+from trimtab.untrusted import parse_json
 
 KEY_VARIABLE = "TRIMTAB_API_KEY"
 LARGEST_REPLY = 16 * 2**20
@@ -197,8 +197,8 @@ class Patience:
 def text_of(content: bytes) -> str:
     """The text of a chat completion; "" for one without text. `Unanswered` for what is none."""
     try:
-        said = json.loads(content)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        said = parse_json(content.decode("utf-8"))["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
         begun = content[:80].decode("utf-8", errors="replace")
         raise Unanswered(f"found {begun!r}, expected a chat completion") from None
     if said is not None and not isinstance(said, str):

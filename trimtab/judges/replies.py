@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.builtin import cache_folder
+from trimtab.untrusted import parse_json
 
 FORMAT_VERSION = 1
 
@@ -35,7 +36,7 @@ def reply_path(url: str, body: Mapping[str, Any]) -> Path:
 def read_reply(path: Path) -> str | None:
     """A kept reply. None if there is none, or if a broken disk left something else there: it is asked for again."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     reply = kept.get("reply") if isinstance(kept, dict) else None
