@@ -74,12 +74,12 @@ def start_model(model: str, reference: str | None) -> str:
 
 def run_config(path: Path) -> dict[str, Any]:
     """The config of the run that a run directory, its model or one of its checkpoints belongs to; empty without."""
-    import yaml
+    from trimtab.untrusted import read_yaml_mapping
 
     for folder in (path, path.parent, path.parent.parent):
         config = folder / "config.yaml"
         if config.is_file():
-            return yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+            return read_yaml_mapping(config)
     return {}
 
 

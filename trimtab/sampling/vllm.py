@@ -39,6 +39,7 @@ from trimtab.progress import progress_bar
 from trimtab.records import Prompt
 from trimtab.sampling.answers import Ending, PartialAnswer, Samples, blank_answers, check, collect
 from trimtab.sampling.draws import Choice
+from trimtab.untrusted import parse_json
 
 if TYPE_CHECKING:
     from trimtab.models import Policy
@@ -254,7 +255,7 @@ class VllmServer:
     def _parsed(self, route: str, text: bytes) -> Json:
         """An answer as JSON; an empty one is allowed, and means that it was done."""
         try:
-            found = json.loads(text or b"{}")
+            found = parse_json((text or b"{}").decode("utf-8"))
         except ValueError:
             found = None
         if not isinstance(found, dict):
