@@ -1,16 +1,18 @@
 """Where the time of a step goes: torch's profiler over one step of a work, its operators in a few groups.
 
-Counted is the time inside an operator itself, not that of the operators it calls, as a share of all of them. What
-Python does between operators is left out.
+Counted is the time inside an operator itself, not that of the operators it calls, as a share of all of them; only for
+attention by blocks all that it calls is counted with it. What Python does between operators is left out.
 """
 
 from __future__ import annotations
 
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
@@ -21,14 +23,17 @@ from benchmarks.work import WORKS
 from trimtab.progress import console
 
 PARTS = {
-    "attention under a mask, backward": r"attention.*backward",
-    "attention under a mask, forward": r"attention",
+    "attention under a mask, backward": r"attention.*backward|^_BlockedBackward$",
+    "attention under a mask, forward": r"attention|^_Blocked$",
     "matrix products of the layers and the head": r"::(mm|addmm_?|bmm|baddbmm_?|.*linear.*)$",
     "copies, most of them between float32 and bf16": r"::copy_$",
     "zeroing of new gradients": r"::(zero_|fill_)$",
     "AdamW, fused": r"::_fused_adamw_$",
 }
 """Part of a step -> what its operators' names match; the first that matches counts."""
+
+BLOCKS = ("_Blocked", "_BlockedBackward")
+"""Operators that are counted with all that they call."""
 
 REST = "norms, activations, sums, the rest"
 
@@ -64,9 +69,22 @@ def profile_step(config: Profile) -> dict[str, float]:
             clock.start()
             ready.learner.step(ready.batch)
             clock.stop()
-    found = shares({event.key: event.self_cpu_time_total for event in profiler.key_averages()})
+    times: dict[str, float] = defaultdict(float)
+    for event in profiler.events() or ():
+        times[owner(event)] += event.self_cpu_time_total
+    found = shares(times)
     print_table(found, config, clock.seconds[0])
     return found
+
+
+def owner(event: Any) -> str:
+    """The operator that an event's time is counted with: the attention that it is a part of, or itself."""
+    above = event
+    while above is not None:
+        if above.name in BLOCKS:
+            return above.name
+        above = above.cpu_parent
+    return event.name
 
 
 def shares(times: Mapping[str, float]) -> dict[str, float]:

@@ -326,6 +326,7 @@ def test_each_layout_runs_other_sequences(scores: bool) -> None:
     shapes = {}
     for name, options in {**LAYOUTS, "packed tightly": {"share": False, "capacity": 24}}.items():
         model.body.use_layout(**options)
+        seen.calls.clear()  # it may try an attention on a few tokens
         model.scores(tokens) if scores else model.logprobs(tokens)
         shapes[name] = seen.calls.pop()
         assert not seen.calls, "one call for all rows"
@@ -339,8 +340,8 @@ def test_each_layout_runs_other_sequences(scores: bool) -> None:
 def test_answers_of_one_ranking_run_their_prompt_once() -> None:
     case = CASES["ranking"]()
     model = reward_model_for("gpt2")
-    seen = watch(model.model)
     model.body.use_layout(share=True)
+    seen = watch(model.model)
     model.scores(case.collate(case.items, model.pad_id).tokens)
     assert sum(s * length for s, length in seen.calls) < sum(len(row.ids) for item in case.items for row in item.rows)
 
