@@ -9,23 +9,28 @@ The directory is the contract between commands:
     evals.jsonl         one object an evaluation
     samples.jsonl       what the policy says
     rollouts.jsonl      online RL: one object a rollout, with the answers to one of its prompts and their rewards
-    checkpoints/        step-00000100/, ... and best/, in `save_pretrained` form
+    checkpoints/        step-00000100/, ... and best/: models in `save_pretrained` form, and what is needed to go on
     model/              the final model in `save_pretrained` form
     report.html         the same for people
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -36,12 +41,54 @@ import torch
 import yaml
 
 from trimtab import __version__
+from trimtab.checkpoint import (
+    State,
+    Stateful,
+    checkpoints_of,
+    is_whole,
+    read_checkpoint,
+    recover,
+    remove,
+    step_of,
+    sync,
+    thin_out,
+    write_checkpoint,
+    write_text,
+)
 from trimtab.learner import Learner
-from trimtab.progress import progress_bar
+from trimtab.progress import console, progress_bar
 
 FORMAT_VERSION = 1
 SHOWN = ("loss", "reward", "kl")
 """Figures of a step that the progress bar shows."""
+
+
+@dataclass(frozen=True)
+class Safety:
+    """What keeps a run from being lost: what is saved and when, what stays, what happens to a step that went wrong.
+
+    `save` writes the model, `parts` are all that a later step depends on besides the run itself, and `rows` names the
+    rows of a step.
+    """
+
+    save: Callable[[Path], None]
+    parts: Mapping[str, Stateful]
+    every: int = 0
+    """Steps between checkpoints; 0: only when the run is asked to stop."""
+    keep_last: int = 0
+    """How many checkpoints stay; 0: all."""
+    keep_best: str | None = None
+    """A figure of the evaluations: the model that was best in it stays as checkpoints/best."""
+    on_nonfinite: str = "stop"
+    rows: Callable[[int], Sequence[str]] = lambda step: ()
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop by a signal, and has ended its step and saved. The text says how to go on."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 @dataclass
@@ -50,9 +97,21 @@ class Run:
 
     directory: Path
     seed: int
+    command: str = ""
     started: float = field(default_factory=time.monotonic)
     step: int = 0
     """The last step that `train` took."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The last evaluation, and its step."""
+    best: float | None = None
+    skipped: int = 0
+    """Steps whose gradient was not finite, and that were let pass."""
+    checkpoint: Path | None = None
+    """What the run goes on from, or the last checkpoint that it wrote."""
+    saved: State | None = None
+    """What was in it, until `restore` hands it out."""
+
+    # ---- Beginning, and going on
 
     @classmethod
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
@@ -61,17 +120,82 @@ class Run:
         Raises FileExistsError if the directory holds anything and `overwrite` is off.
         """
         path = Path(directory)
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and holds_anything(path):
             if not overwrite or not (path / "config.yaml").exists():
                 raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
-            shutil.rmtree(path)
+            clear(path)
         path.mkdir(parents=True, exist_ok=True)
         seed_everything(seed)
-        (path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_config(path, config)
         write_json(path / "environment.json", environment(seed))
-        return cls(path, seed)
+        return cls(path, seed, str(config.get("command", "")))
 
-    def note(self, **facts: str) -> None:
+    @classmethod
+    def reopen(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, source: str | None = None) -> Run:
+        """Open a run to go on from its newest checkpoint, or from `source`; from the start if it has none.
+
+        Raises ValueError, before anything is changed, if the checkpoint is damaged or the config is another one.
+        """
+        path = Path(directory)
+        check_config(path, config)
+        seed_everything(seed)
+        recover(path)
+        run = cls(path, seed, str(config.get("command", "")))
+        run.checkpoint = chosen_checkpoint(path, source)
+        run.saved = run._verified(run.checkpoint) if run.checkpoint else None
+        known = json.loads((path / "environment.json").read_text()) if (path / "environment.json").exists() else {}
+        now = environment(seed)
+        if known and known["versions"] != now["versions"]:
+            console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
+        resumed = [*known.get("resumed", ()), {name: now[name] for name in ("started", "versions", "commit")}]
+        known.pop("finished", None)
+        write_json(path / "environment.json", {**now, **known, "resumed": resumed})
+        write_config(path, config)
+        return run
+
+    def _verified(self, checkpoint: Path) -> State:
+        """The state in a checkpoint. ValueError that offers an earlier one where this is damaged."""
+        try:
+            return read_checkpoint(checkpoint)
+        except ValueError as error:
+            good = next(filter(is_whole, reversed(earlier(self.directory, checkpoint))), None)
+            offer = (
+                f"Go on from the one before it:\n  {self.go_on} --resume-from {good}" if good else "No other is whole."
+            )
+            raise ValueError(f"{error}\n{offer}") from None
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Let every part, the files and the random generators be as they were at the checkpoint to go on from."""
+        if self.saved is None:
+            cut_back(self.directory, {}) if self.checkpoint is None else None
+            return
+        saved, self.saved = self.saved, None
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            own = saved["run"]
+            self.step, self.evaluation = own["step"], own["evaluation"]
+            self.best, self.skipped = own["best"], own["skipped"]
+            set_random_state(own["random"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{self.checkpoint} cannot be used here: {error}") from error
+        check_files(self.directory, own["files"])
+        for later in reversed(checkpoints_of(self.directory)):
+            if step_of(later) > self.step:
+                console.print(f"{later} is removed: the run goes on from an earlier checkpoint")
+                remove(later)
+        cut_back(self.directory, own["files"])
+        console.print(f"going on after step {self.step}, from {self.checkpoint}")
+
+    @property
+    def go_on(self) -> str:
+        """What to type to go on."""
+        place = shlex.quote(str(self.directory))
+        return f"trimtab {self.command} --config {place} --out {place} --resume"
+
+    # ---- Writing down
+
+    def note(self, **facts: Any) -> None:
         """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
         path = self.directory / "environment.json"
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -83,6 +207,8 @@ class Run:
         with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
 
+    # ---- The loop
+
     def train(
         self,
         learner: Learner,
@@ -91,59 +217,267 @@ class Run:
         steps: int,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         eval_every: int = 0,
-        save: Callable[[Path], None] | None = None,
-        save_every: int = 0,
+        safety: Safety | None = None,
         title: str = "train",
     ) -> dict[str, float]:
-        """Draw a batch, take a step, write it down; `steps` times, or until the batches end.
+        """Draw a batch, take a step, write it down; up to step `steps`, or until the batches end.
 
         Returns the last evaluation.
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
-        one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
+        one; after `restore` it begins with the step that comes next. `evaluate(step)` runs before the first step, every
+        `eval_every` steps (0: never in between) and at the end. Raises Interrupted after a step in which SIGTERM or
+        Ctrl-C came, once the run is saved.
         """
-        evaluation, evaluated = self._evaluate(evaluate, 0), 0
-        self.step = 0
-        with progress_bar(title, steps) as advance:
+        if not self.step:
+            self._evaluate(evaluate, safety)
+        with progress_bar(title, steps, done=self.step) as advance, stop_signals() as asked:
             ended = time.perf_counter()
-            for batch in batches:
+            for batch in itertools.islice(batches, max(0, steps - self.step)):
                 self.step, began = self.step + 1, time.perf_counter()
-                step = self.step
-                figures = learner.step(batch)
+                figures = self._step(learner, batch, safety)
                 seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
-                self._log_step(step, figures, batch, seconds)
+                self._log_step(self.step, figures, batch, seconds)
                 advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
-                if eval_every and step % eval_every == 0 and step < steps:
-                    evaluation, evaluated = self._evaluate(evaluate, step), step
-                if save and save_every and step % save_every == 0:
-                    self.checkpoint(save, f"step-{step:08d}")
-                if step == steps:
-                    break
+                if eval_every and self.step % eval_every == 0 and self.step < steps:
+                    self._evaluate(evaluate, safety)
+                if safety and (asked or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
+                    self.save(learner, safety)
+                if asked:
+                    raise Interrupted(self._stopped(steps, safety), asked[0])
                 ended = time.perf_counter()
-        return evaluation if evaluated == self.step else self._evaluate(evaluate, self.step)
+        if self.evaluation.get("step") != self.step:
+            self._evaluate(evaluate, safety, last=True)
+        return {name: value for name, value in self.evaluation.items() if name != "step"}
+
+    def _step(self, learner: Learner, batch: Any, safety: Safety | None) -> dict[str, float]:
+        """A step; one whose loss or gradient is not finite ends the run with its rows named, or is let pass."""
+        try:
+            return learner.step(batch)
+        except FloatingPointError as error:
+            rows = f" Its rows: {', '.join(safety.rows(self.step))}." if safety and safety.rows(self.step) else ""
+            told = f"step {self.step}: {error}{rows}"
+            if safety is None or safety.on_nonfinite == "stop" or self.skipped == MOST_SKIPPED:
+                raise FloatingPointError(f"{told} {self._last_good()}") from None
+        self.skipped += 1
+        console.print(f"[yellow]{told} It is skipped, the {self.skipped}. of at most {MOST_SKIPPED}.[/yellow]")
+        return {**learner.skip(), "skipped": self.skipped}
 
     def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: Mapping[str, float]) -> None:
         tokens = int(batch.tokens.attention_mask.sum())
         speed = {"tokens": tokens, "tokens_per_second": tokens / seconds["seconds"], **seconds}
         self.append("metrics.jsonl", {"step": step, **figures, **speed})
 
-    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, step: int) -> dict[str, float]:
+    def _evaluate(
+        self, evaluate: Callable[[int], Mapping[str, float]] | None, safety: Safety | None, *, last: bool = False
+    ) -> None:
         if evaluate is None:
-            return {}
-        figures = dict(evaluate(step))
-        self.append("evals.jsonl", {"step": step, **figures})
-        return figures
+            return
+        figures = dict(evaluate(self.step))
+        self.evaluation = {"step": self.step, **figures}
+        self.append("evals.jsonl", self.evaluation)
+        if safety and safety.keep_best:
+            self._keep_best(figures, safety)
 
-    def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
-        """A checkpoint, in the place of an earlier one of that name; written aside, so that it is always whole."""
-        final = self.directory / "checkpoints" / name
-        aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save(aside)
-        if final.exists():
-            final.rename(retired)
-        aside.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
+    def _keep_best(self, figures: Mapping[str, float], safety: Safety) -> None:
+        """Save the model if it is the best so far in the figure that decides."""
+        name = safety.keep_best
+        if name not in figures:
+            raise ValueError(f"--keep-best {name}: the evaluation has {', '.join(figures)}.")
+        value = -figures[name] if name in LOWER_IS_BETTER else figures[name]
+        if self.step and math.isfinite(value) and (self.best is None or value > self.best):
+            self.best = value
+            write_checkpoint(self.directory / "checkpoints" / "best", step=self.step, state={}, save=safety.save)
+
+    # ---- Saving
+
+    def save(self, learner: Learner, safety: Safety) -> None:
+        """A checkpoint of the model and of all that the next step depends on."""
+        if self.checkpoint and step_of(self.checkpoint) == self.step:
+            return
+        check_weights(learner, self._last_good())
+        for path in self.directory.glob("*.jsonl"):
+            sync(path)
+        state = {"run": self._state(), **{name: part.state_dict() for name, part in safety.parts.items()}}
+        folder = self.directory / "checkpoints" / f"step-{self.step:08d}"
+        try:
+            write_checkpoint(folder, step=self.step, state=state, save=safety.save)
+        except OSError as error:
+            raise OSError(f"{error} {self._last_good()}") from error
+        self.checkpoint = folder
+        thin_out(self.directory, safety.keep_last)
+
+    def _state(self) -> State:
+        files = {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.jsonl"))}
+        own = {name: getattr(self, name) for name in ("step", "evaluation", "best", "skipped")}
+        return {**own, "files": files, "random": random_state()}
+
+    def _last_good(self) -> str:
+        if self.checkpoint is None:
+            return f"There is no checkpoint yet (--save-every). What was written is in {self.directory}."
+        return f"The last good checkpoint is {self.checkpoint}; go on from it with:\n  {self.go_on}"
+
+    def _stopped(self, steps: int, safety: Safety | None) -> str:
+        told = f"stopped after step {self.step} of {steps}, as asked."
+        return f"{told} {self._last_good()}" if safety else told
+
+
+LOWER_IS_BETTER = ("loss", "kl", "unfinished")
+"""Figures of an evaluation of which less is better; of all others more."""
+
+MOST_SKIPPED = 10
+"""Steps that may be skipped in a run because their gradient was not finite."""
+
+
+# ---- The directory
+
+
+def holds_anything(directory: Path) -> bool:
+    """Whether a folder holds more than what was being written when a process died."""
+    return any(not path.name.endswith(".partial") for path in directory.iterdir())
+
+
+def clear(directory: Path) -> None:
+    """Empty a run directory: checkpoints first and at once, so that nobody goes on from what is half gone; its config
+    last, so that it can be seen to be a run until then.
+    """
+    remove(directory / "checkpoints")
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml, complete or not at all."""
+    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+MAY_CHANGE = {"out", "save_every", "keep_last", "eval_every", "keep_best", "on_nonfinite"}
+"""Flags that change no weight: what is looked at, what is kept."""
+ROUNDING = {"micro_batch_rows", "gradient_checkpointing", "share_prompts", "packing", "batch_rows", "device"}
+"""Flags that change speed and memory, and with them at most the last digits."""
+
+
+def check_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """ValueError that names every flag in which a run differs from the one that is to go on.
+
+    Flags that a run of an earlier version did not know are not compared.
+    """
+    stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise ValueError(f"{directory / 'config.yaml'} is damaged: expected `flag: value` lines.")
+    given = yaml.safe_load(yaml.safe_dump(dict(config)))
+    changed = [name for name in stored if name not in MAY_CHANGE and stored[name] != given.get(name)]
+    refused = [name for name in changed if name not in ROUNDING]
+    if {"steps", "epochs"} >= set(refused) and (given.get("schedule"), given.get("warmup")) == ("constant", 0):
+        refused = []  # the learning rate of the steps so far does not depend on how many follow
+    told = [f"--{name.replace('_', '-')} {stored[name]} -> {given.get(name)}" for name in (refused or changed)]
+    if refused:
+        raise ValueError(
+            f"--resume: this is not the run in {directory}: {', '.join(told)}. Give the flags that it began with (they "
+            "are in its config.yaml), another --out, or --overwrite. More --steps can be asked for with --schedule "
+            "constant and --warmup 0, where the learning rate so far does not depend on them."
+        )
+    if told:
+        console.print(f"changed: {', '.join(told)}")
+
+
+def chosen_checkpoint(run: Path, source: str | None) -> Path | None:
+    """The checkpoint to go on from: `source` (a folder, or its name in the run), or the newest; None without any."""
+    found = checkpoints_of(run)
+    if source is None:
+        return found[-1] if found else None
+    for path in found:
+        if path.name == source or path.resolve() == Path(source).resolve():
+            return path
+    known = ", ".join(path.name for path in found) or "none"
+    raise FileNotFoundError(f"--resume-from {source}: the run {run} has no such checkpoint. It has: {known}.")
+
+
+def earlier(run: Path, checkpoint: Path) -> list[Path]:
+    """The checkpoints before this one, oldest first."""
+    return [path for path in checkpoints_of(run) if step_of(path) < step_of(checkpoint)]
+
+
+def check_files(directory: Path, sizes: Mapping[str, int]) -> None:
+    """ValueError unless the .jsonl files hold at least what they held at the checkpoint, up to the end of a line."""
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise ValueError(f"{path} is shorter than it was at the checkpoint: it was changed or is damaged.")
+        with path.open("rb") as file:
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":
+                raise ValueError(f"{path}: no line ends at byte {size}, as it did at the checkpoint. It was changed.")
+
+
+def cut_back(directory: Path, sizes: Mapping[str, int]) -> None:
+    """Cut the .jsonl files to what they held at a checkpoint; those that did not exist yet go."""
+    for path in directory.glob("*.jsonl"):
+        if path.name in sizes:
+            os.truncate(path, sizes[path.name])
+        else:
+            path.unlink()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The signals that asked to stop: SIGTERM and Ctrl-C wait here for the end of a step, a second one does not."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        restore()
+        console.print("stopping after this step; once more ends at once, without saving")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
+
+
+# ---- Random generators
+
+
+def random_state() -> State:
+    """The state of Python's, NumPy's and torch's generators."""
+    version, words, gauss = random.getstate()
+    numbers = numpy.random.get_state(legacy=False)
+    assert isinstance(numbers, dict)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "cuda": {str(i): torch.cuda.get_rng_state(i) for i in devices},
+    }
+
+
+def set_random_state(state: State) -> None:
+    """Put the generators into a state that `random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numbers = state["numpy"]
+    key = numpy.array(numbers["state"]["key"], dtype=numpy.uint32)
+    numpy.random.set_state({**numbers, "state": {**numbers["state"], "key": key}})
+    torch.set_rng_state(state["torch"])
+    for device, values in state["cuda"].items():
+        torch.cuda.set_rng_state(values, int(device))
+
+
+def check_weights(learner: Learner, advice: str) -> None:
+    """Refuse to save what the last step broke; earlier ones were found by the step after them."""
+    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+        raise FloatingPointError(
+            f"the weights are not finite after the last step, so they were not saved. Try a smaller --lr. {advice}"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -198,7 +532,7 @@ def source_commit() -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file for people and programs."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
