@@ -159,15 +159,13 @@ class Run:
             return read_checkpoint(checkpoint)
         except ValueError as error:
             good = next(filter(is_whole, reversed(earlier(self.directory, checkpoint))), None)
-            offer = (
-                f"Go on from the one before it:\n  {self.go_on} --resume-from {good}" if good else "No other is whole."
-            )
-            raise ValueError(f"{error}\n{offer}") from None
+            advice = f"Go on from the one before it:\n  {self.go_on} --resume-from {good.name}" if good else ""
+            raise ValueError(f"{error}\n{advice or 'No earlier checkpoint is whole.'}") from None
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Let every part, the files and the random generators be as they were at the checkpoint to go on from."""
         if self.saved is None:
-            cut_back(self.directory, {}) if self.checkpoint is None else None
+            cut_back(self.directory, {})  # of a run that died before its first checkpoint
             return
         saved, self.saved = self.saved, None
         try:
@@ -254,8 +252,9 @@ class Run:
         try:
             return learner.step(batch)
         except FloatingPointError as error:
-            rows = f" Its rows: {', '.join(safety.rows(self.step))}." if safety and safety.rows(self.step) else ""
-            told = f"step {self.step}: {error}{rows}"
+            rows = safety.rows(self.step) if safety else ()
+            named = f" Rows of the batch: {', '.join(rows)}." if rows else ""
+            told = f"step {self.step}: {error}{named}"
             if safety is None or safety.on_nonfinite == "stop" or self.skipped == MOST_SKIPPED:
                 raise FloatingPointError(f"{told} {self._last_good()}") from None
         self.skipped += 1

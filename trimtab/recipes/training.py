@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ from trimtab.rewards import RULES
 from trimtab.run import Run, Safety, check_weights, seed_everything, write_json
 from trimtab.sampling import sample
 from trimtab.tokens import Encoded, digest_of_rows
+
+SAMPLE_VALUES = 1024
 
 Collate = Callable[[Sequence[Encoded], int], Any]
 
@@ -74,6 +77,7 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
     if (resolved.get("judge") or "").startswith("reward:"):
         resolved["judge"] = f"reward:{absolute(resolved['judge'].removeprefix('reward:'))}"
     options: RunOptions = config.run
+    facts = {**facts, "start": {"model": config.model.model, "sample_sha256": digest_of_sample(model)}}
     wanted = options.resume or options.resume_from is not None
     if wanted and (Path(options.out) / "config.yaml").exists():
         run = Run.reopen(options.out, config=resolved, seed=options.seed, source=options.resume_from)
@@ -90,9 +94,18 @@ def check_data(run: Run, facts: Mapping[str, Any]) -> None:
     path = run.directory / "data.json"
     if run.saved is not None and path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
         raise ValueError(
-            f"the data are not those of the run in {run.directory} any more (its data.json says what they were). "
-            "Give them back their rows, or begin another run."
+            f"the data or the start model are not those of the run in {run.directory} any more (its data.json tells "
+            "what they were). Put them back as they were, or begin another run."
         )
+
+
+def digest_of_sample(model: Any) -> str:
+    """The sha256 of the first values of every weight: enough to tell a model from what was trained or changed of it."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        found.update(f"{name}{tuple(weight.shape)}".encode())
+        found.update(weight.detach().flatten()[:SAMPLE_VALUES].cpu().float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def absolute(source: str | None) -> str | None:
@@ -304,15 +317,20 @@ def train(
     sequences, length = largest_shape(learner.model, items["train"], options)
     save_memory(run, [learner.model], options.gradient_checkpointing, sequences, length)
     evaluate = HeldOut(learner, items["eval"], options.batch_size) if "eval" in items else None
-    safety = safety_of(config, learner, {**moves.parts, **({"held_out": evaluate} if evaluate else {})}, items["train"])
+    safety = safety_of(config, learner, moves.parts, evaluate, items["train"])
     run.restore(safety.parts)
-    order = {"batch_size": options.batch_size, "seed": config.run.seed, "steps": steps, "start": run.step}
-    batches = moves.follow(items["train"].epochs(**order), run.step)
+    size, seed = options.batch_size, config.run.seed
+    batches = items["train"].epochs(batch_size=size, seed=seed, steps=steps, start=run.step)
     prompts = prompts_of(items.get("eval", items["train"]))
     if not run.step:
         write_samples(run, learner.model, prompts, config, step=0)
     evaluation = run.train(
-        learner, batches, steps=steps, evaluate=evaluate, eval_every=config.run.eval_every, safety=safety
+        learner,
+        moves.follow(batches, run.step),
+        steps=steps,
+        evaluate=evaluate,
+        eval_every=config.run.eval_every,
+        safety=safety,
     )
     check_weights(learner, f"The figures are in {run.directory}.")
     finish()
@@ -320,12 +338,14 @@ def train(
     return evaluation
 
 
-def safety_of(config: Any, learner: Learner, parts: Mapping[str, Stateful], items: Items | None = None) -> Safety:
+def safety_of(
+    config: Any, learner: Learner, parts: Mapping[str, Stateful], evaluate: Stateful | None, items: Items | None = None
+) -> Safety:
     """What the options say about checkpoints, for a learner and all else that a later step depends on."""
     options: RunOptions = config.run
     return Safety(
         save=learner.model.save,
-        parts={"learner": learner, **parts},
+        parts={"learner": learner, **parts, **({"held_out": evaluate} if evaluate else {})},
         every=options.save_every,
         keep_last=options.keep_last,
         keep_best=options.keep_best,
@@ -368,7 +388,7 @@ def train_online(
         steps=config.steps.steps,
         evaluate=evaluate,
         eval_every=config.run.eval_every,
-        safety=safety_of(config, learner, {}),
+        safety=safety_of(config, learner, {}, None),
     )
     check_weights(learner, f"The figures are in {run.directory}.")
     if run.step < config.steps.steps:

@@ -1,0 +1,173 @@
+"""A run that was killed and resumed is the run that was not: the same figures, texts and weights, to the last bit."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.killing import assert_same, ended, killed_and_resumed, lines, rows, run, start, when
+from trimtab.cli import main
+
+STEPS = 10
+PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(9)]
+FEEDBACK = [{"prompt": f"Say {i}.", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(9)]
+OFFLINE = ["--batch-size", "4", "--micro-batch-rows", "4", "--schedule", "linear"]
+
+METHODS = {
+    "sft": (PAIRS, [*OFFLINE, "--weight-decay", "0.1"]),
+    "reward": (PAIRS, [*OFFLINE, "--lora-rank", "2", "--keep-best", "accuracy"]),
+    "dpo": (PAIRS, [*OFFLINE, "--reference", "moving", "--reference-args", "alpha=0.5", "every=3"]),
+    "kto": (FEEDBACK, [*OFFLINE, "--lora-rank", "2"]),
+}
+
+
+def command(method: str, folder: Path, *flags: str) -> list[str]:
+    """The command of a method on rows of its kind, everything that a resumed run could lose switched on."""
+    data, own = METHODS[method]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    fast = ["--dtype", "float32", "--device", "cpu", "--steps", str(STEPS), "--lr", "0.01", "--samples", "2"]
+    often = ["--eval-data", str(path), "--eval-every", "2", "--save-every", "3"]
+    return [method, "--model", "tiny", "--data", str(path), *fast, *often, *own, *flags]
+
+
+def unbroken(arguments: list[str], folder: Path) -> Path:
+    out = folder / "unbroken"
+    run([*arguments, "--out", str(out)], folder / "log")
+    assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_to_the_last_bit(method: str, tmp_path: Path) -> None:
+    arguments = command(method, tmp_path)
+    whole = unbroken(arguments, tmp_path)
+    killed_and_resumed(arguments, tmp_path / "killed", tmp_path / "log", steps=STEPS, kills=1, seed=len(method))
+    assert_same(whole, tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_many_kills(method: str, tmp_path: Path) -> None:
+    arguments = command(method, tmp_path)
+    whole = unbroken(arguments, tmp_path)
+    for seed in range(2):
+        out = tmp_path / f"killed {seed}"
+        moments = killed_and_resumed(arguments, out, tmp_path / "log", steps=STEPS, kills=4, seed=seed)
+        print(method, moments)
+        assert_same(whole, out)
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(sent: signal.Signals, status: int, tmp_path: Path) -> None:
+    arguments, out, log = command("sft", tmp_path), tmp_path / "a run", tmp_path / "log"
+    whole = unbroken(arguments, tmp_path)
+    process = start([*arguments, "--out", str(out), "--save-every", "0"], log)
+    assert when(lambda: lines(out / "metrics.jsonl") >= 2, process)
+    os.kill(process.pid, sent)
+    assert ended(process) == status
+    steps = lines(out / "metrics.jsonl")
+    told = log.read_text()
+    assert 2 <= steps < STEPS and f"stopped after step {steps} of {STEPS}, as asked" in told
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    (typed,) = re.findall(r"^  trimtab (.*)$", told, re.MULTILINE)
+    run(shlex.split(typed), log)
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(whole / "checkpoints")
+    assert_same(whole, out)
+
+
+# ---- What --resume and its relatives say
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
+    """A command, and the run that it made."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    arguments, out = [*command("sft", tmp_path), "--out", str(tmp_path / "run")], tmp_path / "run"
+    assert main(arguments) == 0
+    return arguments, out
+
+
+def unfinish(out: Path) -> None:
+    """Make a run one that was killed after its last checkpoint."""
+    environment = json.loads((out / "environment.json").read_text())
+    del environment["finished"]
+    (out / "environment.json").write_text(json.dumps(environment))
+    shutil.rmtree(out / "model")
+
+
+def told(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int) -> str:
+    capsys.readouterr()
+    assert main(arguments) == status
+    return capsys.readouterr().err
+
+
+def test_what_becomes_of_a_run_that_exists(
+    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = finished
+    before = (out / "metrics.jsonl").read_bytes()
+    assert "--resume" in (said := told(capsys, arguments, 2)) and "--overwrite" in said
+    assert "give one of them" in told(capsys, [*arguments, "--resume", "--overwrite"], 2)
+    assert "is finished (step 10)" in told(capsys, [*arguments, "--resume"], 0)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    unfinish(out)
+    changed = told(capsys, [*arguments, "--resume", "--lr", "0.02", "--batch-size", "3"], 2)
+    assert "--lr 0.01 -> 0.02" in changed and "--batch-size 4 -> 3" in changed
+    assert "--steps 10 -> 20" in told(capsys, [*arguments, "--resume", "--steps", "20"], 2)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(PAIRS[0]) + "\n")
+    assert "the data or the start model are not those" in told(capsys, [*arguments, "--resume"], 2)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    assert "no run in" in told(capsys, [*arguments, "--out", str(tmp_path / "new"), "--resume-from", "step-3"], 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("mine")
+    assert "no run (no config.yaml)" in told(capsys, [*arguments, "--out", str(tmp_path / "other"), "--resume"], 2)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
+    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, out = finished
+    whole = tmp_path / "whole"
+    shutil.copytree(out, whole)
+    unfinish(out)
+    damaged = out / "checkpoints" / "step-00000010" / "state" / "tensors.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    kept = (out / "metrics.jsonl").read_bytes()
+    said = told(capsys, [*arguments, "--resume"], 2)
+    assert f"{damaged} is damaged" in said and "--resume-from step-00000009" in said
+    assert (out / "metrics.jsonl").read_bytes() == kept and damaged.exists()
+    (typed,) = re.findall(r"^  trimtab (.*)$", said, re.MULTILINE)
+    assert main(shlex.split(typed)) == 0
+    assert_same(whole, out)
+
+
+def test_more_steps_where_the_learning_rate_so_far_does_not_depend_on_them(tmp_path: Path) -> None:
+    arguments = command("sft", tmp_path, "--schedule", "constant", "--warmup", "0")
+    whole = unbroken(arguments, tmp_path)
+    out = tmp_path / "longer"
+    run([*arguments, "--out", str(out), "--steps", "6"], tmp_path / "log")
+    run([*arguments, "--out", str(out), "--resume"], tmp_path / "log")
+    assert_same(whole, out)
+
+
+def test_checkpoints_that_stay(finished: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, out = finished
+    states = {path.name: (path / "state").exists() for path in sorted((out / "checkpoints").iterdir())}
+    names = [f"step-{step:08d}" for step in (3, 6, 9, 10)]
+    assert states == dict(zip(names, [False, False, True, True], strict=True))
+    few = tmp_path / "few"
+    assert main([*arguments, "--out", str(few), "--keep-last", "1", "--keep-best", "loss"]) == 0
+    assert {path.name for path in (few / "checkpoints").iterdir()} == {"best", names[-1]}
+    evaluated = {row["step"]: row["loss"] for row in rows(few / "evals.jsonl") if row["step"]}
+    manifest = json.loads((few / "checkpoints" / "best" / "manifest.json").read_text())
+    assert manifest["step"] == min(evaluated, key=lambda step: evaluated[step])
