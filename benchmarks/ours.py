@@ -36,7 +36,7 @@ from trimtab.objectives import (
 from trimtab.recipes import training
 from trimtab.recipes.dpo import Dpo
 from trimtab.recipes.kto import Kto
-from trimtab.recipes.options import DataOptions, ModelOptions, RunOptions, StepOptions
+from trimtab.recipes.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, StepOptions
 from trimtab.recipes.reward import Reward
 from trimtab.recipes.sft import Sft
 from trimtab.records import Demonstration, Feedback, Preference
@@ -54,7 +54,8 @@ def step_options(job: Job) -> StepOptions:
     """One batch of all items, in one micro-batch, as the peer runs it."""
     items = len(job.read_rows())
     rows = ITEM_ROWS[job.kind] * items
-    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share)
+    how = OptimizerOptions(warmup=0.0, share_prompts=job.share)
+    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, optimizer=how)
 
 
 def options(job: Job) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def run(job: Job) -> Result:
     model, objective, items, loaded = KINDS[job.kind](job)
     steps = step_options(job)
     checkpointing = choose_checkpointing(
-        steps.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
+        steps.optimizer.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
     )
     if checkpointing.on:
         recompute_layers(model.model)

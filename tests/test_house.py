@@ -44,8 +44,8 @@ LIBRARIES = {
 }
 
 HEAVY = {"torch", "transformers", "peft", "datasets"}
-# Recipes are read for `--help`; this one is what they share once they run.
-LOADED_LATE = {"trimtab.recipes.training"}
+# Recipes are read for `--help`; these are what they share once they run.
+LOADED_LATE = {"trimtab.recipes.training", "trimtab.recipes.online", "trimtab.recipes.fresh"}
 FORBIDDEN_WORDS = {"Trainer", "Manager", "Helper", "Helpers", "Util", "Utils", "Base", "Mixin", "Callback"}
 FORBIDDEN_FILES = {"utils.py", "util.py", "helpers.py", "common.py", "misc.py", "base.py"}
 TOKENIZER_WORK = {"encode", "decode", "batch_decode", "tokenize", "apply_chat_template", "batch_encode_plus"}
@@ -264,7 +264,7 @@ def test_every_registered_name_has_a_page():
 
 LOGGING = (
     *("objectives.py", "learner.py", "run.py", "losses/policy.py", "selection.py"),
-    *("recipes/training.py", "recipes/rl.py", "recipes/fresh.py"),
+    *("recipes/training.py", "recipes/online.py"),
 )
 FIGURES = ("Metrics", "dict[str, float]", "dict[str, Mean]", "Mapping[str, float]")
 

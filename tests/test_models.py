@@ -452,6 +452,8 @@ def test_kl_allows_impossible_tokens() -> None:
     p = torch.tensor([[0.0, -torch.inf]] * 3)
     q = torch.tensor([[math.log(0.5)] * 2, [0.0, -torch.inf], [-torch.inf, 0.0]])
     assert divergence_from(lambda rows: q[rows])(p, slice(0, 3)).tolist() == pytest.approx([math.log(2), 0, math.inf])
+    tiny = torch.tensor([[0.0, -200.0]])  # whose second probability is 0 as a number
+    assert divergence_from(lambda rows: q[1:2])(tiny, slice(0, 1)).item() == 0
 
 
 def test_kl_equals_its_definition() -> None:

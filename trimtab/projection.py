@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trimtab.kl import exact_kl
 from trimtab.precision import fast_products
 
 CHUNK_ROWS = 256
@@ -134,9 +135,7 @@ def divergence_from(others: Callable[[slice], Float[Tensor, "N V"]]) -> Measure:
     """KL(p || q) in nats, where `others` gives the log-probabilities q of some rows."""
 
     def measure(logprobs: Float[Tensor, "N V"], rows: slice) -> Chosen:
-        shares, other = logprobs.exp(), others(rows).to(logprobs.device)
-        # A token that p rules out adds nothing, whatever q says of it.
-        return torch.where(shares > 0, shares * (logprobs - other), 0).sum(-1)
+        return exact_kl(logprobs, others(rows).to(logprobs.device))
 
     return measure
 

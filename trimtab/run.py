@@ -98,7 +98,6 @@ class Run:
     directory: Path
     seed: int
     command: str = ""
-    started: float = field(default_factory=time.monotonic)
     step: int = 0
     """The last step that `train` took."""
     evaluation: dict[str, Any] = field(default_factory=dict)

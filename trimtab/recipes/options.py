@@ -56,19 +56,9 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """How the weights move."""
+class OptimizerOptions:
+    """How a step is taken, whatever it is made of."""
 
-    lr: float = 1e-5
-    """Peak learning rate of AdamW."""
-    steps: int | None = None
-    """Optimizer steps; instead of --epochs."""
-    epochs: float | None = None
-    """Passes over the data; 1 unless --steps is given."""
-    batch_size: int = 16
-    """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
-    micro_batch_rows: int = 16
-    """Most rows (a pair is two) of one forward and backward pass; bounds memory, changes no result."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up."""
     warmup: float = 0.1
@@ -84,6 +74,23 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
+class StepOptions:
+    """How the weights move."""
+
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    steps: int | None = None
+    """Optimizer steps; instead of --epochs."""
+    epochs: float | None = None
+    """Passes over the data; 1 unless --steps is given."""
+    batch_size: int = 16
+    """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
+    micro_batch_rows: int = 16
+    """Most rows (a pair is two) of one forward and backward pass; bounds memory, changes no result."""
+    optimizer: OptimizerOptions = OptimizerOptions()
+
+
+@dataclass(frozen=True)
 class OnlineStepOptions:
     """How the weights move in online RL, where a step's answers are drawn and not read."""
 
@@ -93,18 +100,7 @@ class OnlineStepOptions:
     """Optimizer steps."""
     micro_batch_rows: int = 16
     """Most answers of one forward and backward pass; bounds memory, changes no result."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm here; 0 does not clip."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay on matrices."""
-    share_prompts: bool = True
-    """Run a prompt once for its answers in a micro-batch, where that saves tokens; changes speed, no result."""
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Run layers again in the backward pass: less memory, a third more time; auto: on a GPU if memory is short."""
+    optimizer: OptimizerOptions = OptimizerOptions()
 
 
 @dataclass(frozen=True)
@@ -198,9 +194,10 @@ def check_steps(options: StepOptions | OnlineStepOptions) -> None:
     for flag, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")
-    if not 0 <= options.warmup <= 1:
-        raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")
-    numbers = {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm, "--weight-decay": options.weight_decay}
+    how = options.optimizer
+    if not 0 <= how.warmup <= 1:
+        raise ValueError(f"--warmup {how.warmup}: it is a share of the steps, from 0 to 1.")
+    numbers = {"--lr": options.lr, "--max-grad-norm": how.max_grad_norm, "--weight-decay": how.weight_decay}
     for flag, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag} {value}: a number that is not negative is needed.")

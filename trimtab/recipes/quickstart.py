@@ -16,6 +16,7 @@ from trimtab.recipes.options import (
     DataOptions,
     Dtype,
     ModelOptions,
+    OptimizerOptions,
     RunOptions,
     StepOptions,
     check_out,
@@ -217,7 +218,9 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE, schedule="linear"),
+            steps=StepOptions(
+                lr=config.reward_lr, batch_size=BATCH_SIZE, optimizer=OptimizerOptions(schedule="linear")
+            ),
         )
     )
 

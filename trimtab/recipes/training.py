@@ -172,7 +172,7 @@ def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
 def lay_out(model: Any, config: Any) -> None:
     """Let rows share prompts and sequences as the options say, where the family can; says where it cannot."""
     packing = getattr(config, "packing", True)
-    share = config.steps.share_prompts and packing
+    share = config.steps.optimizer.share_prompts and packing
     wanted, possible = share or (packing and hasattr(config, "packing")), model.body.can_lay_out
     if wanted and not possible:
         console.print(f"{config.model.model} cannot run several rows in one sequence: every row runs alone.")
@@ -315,7 +315,7 @@ def train(
     options: StepOptions = config.steps
     moves = moves or Moves()
     sequences, length = largest_shape(learner.model, items["train"], options)
-    save_memory(run, [learner.model], options.gradient_checkpointing, sequences, length)
+    save_memory(run, [learner.model], options.optimizer.gradient_checkpointing, sequences, length)
     evaluate = HeldOut(learner, items["eval"], options.batch_size) if "eval" in items else None
     safety = safety_of(config, learner, moves.parts, evaluate, items["train"])
     run.restore(safety.parts)
@@ -470,11 +470,10 @@ def make_learner(
     A critic's weights learn at their own rate.
     """
     others = [(critic[0].trainable_parameters(), critic[1])] if critic else []
-    parameters = model.trainable_parameters()
-    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=options.weight_decay, others=others)
-    warmup_steps = round(options.warmup * steps)
-    schedule = make_schedule(optimizer, kind=options.schedule, warmup_steps=warmup_steps, steps=steps)
-    return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, options.max_grad_norm)
+    parameters, how = model.trainable_parameters(), options.optimizer
+    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=how.weight_decay, others=others)
+    schedule = make_schedule(optimizer, kind=how.schedule, warmup_steps=round(how.warmup * steps), steps=steps)
+    return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, how.max_grad_norm)
 
 
 @dataclass
