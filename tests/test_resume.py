@@ -18,11 +18,23 @@ PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} fo
 FEEDBACK = [{"prompt": f"Say {i}.", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(9)]
 OFFLINE = ["--batch-size", "4", "--micro-batch-rows", "4", "--schedule", "linear"]
 
+PROMPTS = [{"prompt": f"Say {i}."} for i in range(7)]
+ONLINE = ["--reward", "length", "--max-new-tokens", "6", "--prompts-per-step", "2", "--schedule", "linear"]
+
 METHODS = {
     "sft": (PAIRS, [*OFFLINE, "--weight-decay", "0.1"]),
     "reward": (PAIRS, [*OFFLINE, "--lora-rank", "2", "--keep-best", "accuracy"]),
     "dpo": (PAIRS, [*OFFLINE, "--reference", "moving", "--reference-args", "alpha=0.5", "every=3"]),
     "kto": (FEEDBACK, [*OFFLINE, "--lora-rank", "2"]),
+    "rloo": (PROMPTS, [*ONLINE, "--lora-rank", "2", "--kl-budget", "1e6"]),
+    "ppo": (
+        PROMPTS,
+        # six updates on a rollout, so that checkpoints fall between them
+        [*ONLINE, "--epochs-per-rollout", "3", "--minibatches", "2", "--score-shape", "normalized", "--kl-coef", "0.1"]
+        + ["--kl-target", "2", "--kl-horizon", "100", "--critic-warmup", "4", "--critic-lr", "1e-3"],
+    ),
+    "grpo": (PROMPTS, [*ONLINE, "--epochs-per-rollout", "2", "--minibatches", "2", "--group-size", "3"]),
+    "online-dpo": (PROMPTS, [*ONLINE[2:], "--judge", "rule:length"]),
 }
 
 

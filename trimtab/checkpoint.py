@@ -20,9 +20,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -38,6 +38,7 @@ State = Mapping[str, Any]
 """Nested mappings whose leaves are tensors and JSON values; keys are texts without a slash."""
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Something that a later step depends on: it says what it remembers, and can be made to remember it again."""
 
@@ -72,6 +73,20 @@ def copy_weights(own: Mapping[str, Tensor], saved: State) -> None:
             raise ValueError(f"the checkpoint is of another model: {name} is {there} there and {here} here.")
     for name, value in own.items():
         value.copy_(saved[name])
+
+
+def as_state(value: Any) -> Any:
+    """A dataclass as nested mappings of its fields; anything else as it is."""
+    if not is_dataclass(value):
+        return value
+    return {entry.name: as_state(getattr(value, entry.name)) for entry in fields(value)}
+
+
+def from_state(value: Any, state: Any) -> Any:
+    """A dataclass like `value` with the fields of a state that `as_state` gave; in the place of anything else, it."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return state
+    return replace(value, **{name: from_state(getattr(value, name), part) for name, part in state.items()})
 
 
 # ---- Writing

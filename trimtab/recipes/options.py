@@ -267,8 +267,8 @@ def check_keeping(config: Any) -> None:
     run = config.run
     if run.keep_last and not run.save_every:
         raise ValueError(f"--keep-last {run.keep_last} has no effect without --save-every.")
-    if run.keep_best and config.data.eval_data is None:
-        raise ValueError(f"--keep-best {run.keep_best} has no effect without --eval-data.")
+    if run.keep_best and not run.eval_every:
+        raise ValueError(f"--keep-best {run.keep_best} has no effect without --eval-every.")
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,7 @@ def train(
     )
     check_weights(learner, f"The figures are in {run.directory}.")
     finish()
-    finished(run, learner, prompts, config)
+    finished(run, learner, learner.model, prompts, config)
     return evaluation
 
 
@@ -362,9 +362,9 @@ def rows_of_step(items: Items, config: Any, step: int) -> list[str]:
     return [(record if isinstance(record, Prompt) else record.prompt).source for record in records]
 
 
-def finished(run: Run, learner: Learner, prompts: Sequence[Prompt], config: Any) -> None:
+def finished(run: Run, learner: Learner, policy: Any, prompts: Sequence[Prompt], config: Any) -> None:
     """The last samples, the final model and the report; the run says that it is finished."""
-    write_samples(run, learner.model, prompts, config, step=run.step)
+    write_samples(run, policy, prompts, config, step=run.step)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
     run.note(finished=run.step)
@@ -379,21 +379,26 @@ def train_online(
     policy: Policy,
     prompts: Sequence[Prompt],
     config: Any,
+    *,
+    safety: Safety,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
-    write_samples(run, policy, prompts, config, step=0)
+    if not run.step:
+        write_samples(run, policy, prompts, config, step=0)
     run.train(
         learner,
         batches,
         steps=config.steps.steps,
         evaluate=evaluate,
         eval_every=config.run.eval_every,
-        safety=safety_of(config, learner, {}, None),
+        safety=safety,
     )
     check_weights(learner, f"The figures are in {run.directory}.")
+    finish()
     if run.step < config.steps.steps:
         console.print(f"ended after {run.step} of {config.steps.steps} steps")
-    finished(run, learner, prompts, config)
+    finished(run, learner, policy, prompts, config)
 
 
 def save_memory(run: Run, models: Sequence[Any], requested: str, rows: int, length: int) -> None:
