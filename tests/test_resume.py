@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -40,73 +41,88 @@ METHODS = {
 }
 
 
-def command(method: str, folder: Path, *flags: str) -> list[str]:
-    """The command of a method on rows of its kind, everything that a resumed run could lose switched on."""
-    data, own = METHODS[method]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in data))
-    fast = ["--dtype", "float32", "--device", "cpu", "--steps", str(STEPS), "--lr", "0.01", "--samples", "2"]
-    often = ["--eval-data", str(path), "--eval-every", "2", "--save-every", "3"]
-    return [method, "--model", "tiny", "--data", str(path), *fast, *often, *own, *flags]
+@dataclass
+class Bench:
+    """A folder for runs, and the unbroken run of each command, made once."""
+
+    folder: Path
+    known: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    def command(self, method: str, *flags: str) -> list[str]:
+        """The command of a method on rows of its kind, everything that a resumed run could lose switched on."""
+        data, own = METHODS[method]
+        path = self.folder / f"{method}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in data))
+        fast = ["--dtype", "float32", "--device", "cpu", "--steps", str(STEPS), "--lr", "0.01", "--samples", "1"]
+        often = ["--eval-data", str(path), "--eval-every", "2", "--save-every", "3"]
+        return [method, "--model", "tiny", "--data", str(path), *fast, *often, *own, *flags]
+
+    def unbroken(self, method: str, *flags: str) -> Path:
+        """What the command leaves behind if nothing happens."""
+        name = " ".join([method, *flags])
+        if name not in self.known:
+            out = self.known[name] = self.folder / name
+            run([*self.command(method, *flags), "--out", str(out)], self.log)
+            steps = [row["step"] for row in rows(out / "metrics.jsonl")]
+            assert steps == list(range(1, len(steps) + 1)) and len(steps) > STEPS / 2
+        return self.known[name]
 
 
-def unbroken(arguments: list[str], folder: Path) -> Path:
-    out = folder / "unbroken"
-    run([*arguments, "--out", str(out)], folder / "log")
-    steps = [row["step"] for row in rows(out / "metrics.jsonl")]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > STEPS / 2
-    return out
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_to_the_last_bit(method: str, tmp_path: Path) -> None:
-    arguments = command(method, tmp_path)
-    whole = unbroken(arguments, tmp_path)
-    out, log = tmp_path / "killed", tmp_path / "log"
+def test_a_killed_run_goes_on_to_the_last_bit(method: str, bench: Bench, tmp_path: Path) -> None:
+    arguments, out, log = bench.command(method), tmp_path / "killed", tmp_path / "log"
     process = start([*arguments, "--out", str(out)], log)
     assert when((out / "checkpoints" / "step-00000003").exists, process)
     process.kill()
     assert ended(process) == -signal.SIGKILL
     run([*arguments, "--out", str(out), "--resume"], log)
-    assert_same(whole, out)
-    assert "going on after step 3" in log.read_text()
+    assert_same(bench.unbroken(method), out)
+    assert "going on after step" in log.read_text()
 
 
-def test_three_kills_at_any_moment(tmp_path: Path) -> None:
-    arguments = command("dpo", tmp_path)
-    whole = unbroken(arguments, tmp_path)
-    killed_and_resumed(arguments, tmp_path / "killed", tmp_path / "log", steps=STEPS, kills=3, seed=0)
-    assert_same(whole, tmp_path / "killed")
+def test_three_kills_at_any_moment(bench: Bench, tmp_path: Path) -> None:
+    out, log = tmp_path / "killed", tmp_path / "log"
+    killed_and_resumed(bench.command("dpo"), out, log, steps=STEPS, kills=3, seed=0)
+    assert_same(bench.unbroken("dpo"), out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_many_kills(method: str, tmp_path: Path) -> None:
-    arguments = command(method, tmp_path)
-    whole = unbroken(arguments, tmp_path)
+def test_many_kills(method: str, bench: Bench, tmp_path: Path) -> None:
     for seed in range(2):
         out = tmp_path / f"killed {seed}"
-        moments = killed_and_resumed(arguments, out, tmp_path / "log", steps=STEPS, kills=4, seed=seed)
-        print(method, moments)
-        assert_same(whole, out)
+        moments = killed_and_resumed(
+            bench.command(method), out, tmp_path / "log", steps=STEPS, kills=4, seed=100 * len(method) + seed
+        )
+        print(method, "was killed", ", ".join(moments))
+        assert_same(bench.unbroken(method), out)
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(sent: signal.Signals, status: int, tmp_path: Path) -> None:
-    arguments, out, log = command("sft", tmp_path), tmp_path / "a run", tmp_path / "log"
-    whole = unbroken(arguments, tmp_path)
-    process = start([*arguments, "--out", str(out), "--save-every", "0"], log)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    sent: signal.Signals, status: int, bench: Bench, tmp_path: Path
+) -> None:
+    out, log, whole = tmp_path / "a run", tmp_path / "log", tmp_path / "whole"
+    process = start([*bench.command("sft"), "--out", str(out), "--save-every", "0"], log)
     assert when(lambda: lines(out / "metrics.jsonl") >= 2, process)
     os.kill(process.pid, sent)
     assert ended(process) == status
-    steps = lines(out / "metrics.jsonl")
-    told = log.read_text()
+    steps, told = lines(out / "metrics.jsonl"), log.read_text()
     assert 2 <= steps < STEPS and f"stopped after step {steps} of {STEPS}, as asked" in told
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     (typed,) = re.findall(r"^  trimtab (.*)$", told, re.MULTILINE)
     run(shlex.split(typed), log)
+    shutil.copytree(bench.unbroken("sft"), whole, ignore=shutil.ignore_patterns("checkpoints"))
     shutil.rmtree(out / "checkpoints")
-    shutil.rmtree(whole / "checkpoints")
     assert_same(whole, out)
 
 
@@ -114,12 +130,12 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(sent: signal.Signals
 
 
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
+def finished(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Path]:
     """A command, and the run that it made."""
-    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
-    arguments, out = [*command("sft", tmp_path), "--out", str(tmp_path / "run")], tmp_path / "run"
-    assert main(arguments) == 0
-    return arguments, out
+    monkeypatch.setenv("TRIMTAB_CACHE", str(bench.folder / "cache"))
+    out = tmp_path / "run"
+    shutil.copytree(bench.unbroken("sft"), out)
+    return [*bench.command("sft"), "--out", str(out)], out
 
 
 def unfinish(out: Path) -> None:
@@ -137,7 +153,7 @@ def told(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int) 
 
 
 def test_what_becomes_of_a_run_that_exists(
-    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[list[str], Path], bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, out = finished
     before = (out / "metrics.jsonl").read_bytes()
@@ -149,7 +165,7 @@ def test_what_becomes_of_a_run_that_exists(
     changed = told(capsys, [*arguments, "--resume", "--lr", "0.02", "--batch-size", "3"], 2)
     assert "--lr 0.01 -> 0.02" in changed and "--batch-size 4 -> 3" in changed
     assert "--steps 10 -> 20" in told(capsys, [*arguments, "--resume", "--steps", "20"], 2)
-    with (tmp_path / "rows.jsonl").open("a") as file:
+    with (bench.folder / "sft.jsonl").open("a") as file:
         file.write(json.dumps(PAIRS[0]) + "\n")
     assert "the data or the start model are not those" in told(capsys, [*arguments, "--resume"], 2)
     assert (out / "metrics.jsonl").read_bytes() == before
@@ -160,11 +176,9 @@ def test_what_becomes_of_a_run_that_exists(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
-    finished: tuple[list[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[list[str], Path], bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, out = finished
-    whole = tmp_path / "whole"
-    shutil.copytree(out, whole)
     unfinish(out)
     damaged = out / "checkpoints" / "step-00000010" / "state" / "tensors.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -176,16 +190,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
     assert (out / "metrics.jsonl").read_bytes() == kept and damaged.exists()
     (typed,) = re.findall(r"^  trimtab (.*)$", said, re.MULTILINE)
     assert main(shlex.split(typed)) == 0
-    assert_same(whole, out)
+    assert_same(bench.unbroken("sft"), out)
 
 
-def test_more_steps_where_the_learning_rate_so_far_does_not_depend_on_them(tmp_path: Path) -> None:
-    arguments = command("sft", tmp_path, "--schedule", "constant", "--warmup", "0")
-    whole = unbroken(arguments, tmp_path)
-    out = tmp_path / "longer"
-    run([*arguments, "--out", str(out), "--steps", "6"], tmp_path / "log")
-    run([*arguments, "--out", str(out), "--resume"], tmp_path / "log")
-    assert_same(whole, out)
+def test_more_steps_where_the_learning_rate_so_far_does_not_depend_on_them(bench: Bench, tmp_path: Path) -> None:
+    flags = ["--schedule", "constant", "--warmup", "0"]
+    out, log, arguments = tmp_path / "longer", tmp_path / "log", bench.command("sft", *flags)
+    run([*arguments, "--out", str(out), "--steps", "6"], log)
+    run([*arguments, "--out", str(out), "--resume"], log)
+    assert_same(bench.unbroken("sft", *flags), out)
 
 
 def test_checkpoints_that_stay(finished: tuple[list[str], Path], tmp_path: Path) -> None:
