@@ -75,6 +75,8 @@ class Safety:
     parts: Mapping[str, Stateful]
     every: int = 0
     """Steps between checkpoints; 0: only when the run is asked to stop."""
+    save_state: bool = True
+    """Off: checkpoints hold the model alone, but for one that is written because the run is asked to stop."""
     keep_last: int = 0
     """How many checkpoints stay; 0: all."""
     keep_best: str | None = None
@@ -238,7 +240,7 @@ class Run:
                 if eval_every and self.step % eval_every == 0:
                     self._evaluate(evaluate, safety)
                 if safety and (asked or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
-                    self.save(learner, safety)
+                    self.save(learner, safety, with_state=safety.save_state or bool(asked))
                 if asked:
                     raise Interrupted(self._stopped(steps, safety), asked[0])
                 ended = time.perf_counter()
@@ -288,8 +290,8 @@ class Run:
 
     # ---- Saving
 
-    def save(self, learner: Learner, safety: Safety) -> None:
-        """A checkpoint of the model and of all that the next step depends on."""
+    def save(self, learner: Learner, safety: Safety, *, with_state: bool = True) -> None:
+        """A checkpoint of the model, and of all that the next step depends on."""
         if self.checkpoint and step_of(self.checkpoint) == self.step:
             return
         check_weights(learner, self._last_good())
@@ -298,7 +300,7 @@ class Run:
         state = {"run": self._state(), **{name: part.state_dict() for name, part in safety.parts.items()}}
         folder = self.directory / "checkpoints" / f"step-{self.step:08d}"
         try:
-            write_checkpoint(folder, step=self.step, state=state, save=safety.save)
+            write_checkpoint(folder, step=self.step, state=state if with_state else {}, save=safety.save)
         except OSError as error:
             raise OSError(f"{error} {self._last_good()}") from error
         self.checkpoint = folder
@@ -348,7 +350,7 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
-MAY_CHANGE = {"out", "save_every", "keep_last", "eval_every", "keep_best", "on_nonfinite"}
+MAY_CHANGE = {"out", "save_every", "save_state", "keep_last", "eval_every", "keep_best", "on_nonfinite"}
 """Flags that change no weight: what is looked at, what is kept."""
 ROUNDING = {"micro_batch_rows", "gradient_checkpointing", "share_prompts", "packing", "batch_rows", "device"}
 """Flags that change speed and memory, and with them at most the last digits."""

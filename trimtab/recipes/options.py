@@ -115,6 +115,8 @@ class RunOptions:
     """Evaluate on --eval-data every so many steps; 0: only before and after."""
     save_every: int = 0
     """Write a checkpoint every so many steps and at the end; 0: only the final model, and when the run is stopped."""
+    save_state: bool = True
+    """Off: checkpoints hold the model alone, a quarter of the size, and only a run that is stopped can be resumed."""
     keep_last: int = 0
     """Keep only so many of the newest checkpoints; 0: all. One can go on from the newest two."""
     keep_best: str | None = None
@@ -265,8 +267,9 @@ def check_unfinished(config: Any) -> None:
 def check_keeping(config: Any) -> None:
     """Refuse flags about checkpoints that would have no effect."""
     run = config.run
-    if run.keep_last and not run.save_every:
-        raise ValueError(f"--keep-last {run.keep_last} has no effect without --save-every.")
+    if not run.save_every and (run.keep_last or not run.save_state):
+        flag = f"--keep-last {run.keep_last}" if run.keep_last else "--no-save-state"
+        raise ValueError(f"{flag} has no effect without --save-every.")
     if run.keep_best and not run.eval_every:
         raise ValueError(f"--keep-best {run.keep_best} has no effect without --eval-every.")
 

@@ -347,6 +347,7 @@ def safety_of(
         save=learner.model.save,
         parts={"learner": learner, **parts, **({"held_out": evaluate} if evaluate else {})},
         every=options.save_every,
+        save_state=options.save_state,
         keep_last=options.keep_last,
         keep_best=options.keep_best,
         on_nonfinite=options.on_nonfinite,
