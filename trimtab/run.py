@@ -276,11 +276,10 @@ class Run:
         self.evaluation = {"step": self.step, **figures}
         self.append("evals.jsonl", self.evaluation)
         if safety and safety.keep_best:
-            self._keep_best(figures, safety)
+            self._keep_best(safety.keep_best, figures, safety)
 
-    def _keep_best(self, figures: Mapping[str, float], safety: Safety) -> None:
-        """Save the model if it is the best so far in the figure that decides."""
-        name = safety.keep_best
+    def _keep_best(self, name: str, figures: Mapping[str, float], safety: Safety) -> None:
+        """Save the model if it is the best so far in the figure `name`."""
         if name not in figures:
             raise ValueError(f"--keep-best {name}: the evaluation has {', '.join(figures)}.")
         value = -figures[name] if name in LOWER_IS_BETTER else figures[name]

@@ -213,6 +213,8 @@ def evaluation(
     measure: Measure, policy: Policy, reference: FrozenPolicy, prompts: Sequence[Prompt] | None, config: Any
 ) -> Callable[[int], dict[str, float]] | None:
     """The measure, exact KL and length on held-out prompts, by the same uniform numbers each time; None without any."""
+    if prompts is None:
+        return None
 
     def evaluate(step: int) -> dict[str, float]:
         samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
@@ -222,7 +224,7 @@ def evaluation(
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         return figures
 
-    return evaluate if prompts else None
+    return evaluate
 
 
 def prompt_means(scores: Sequence[float | None], n: int) -> list[float]:

@@ -16,7 +16,7 @@ import torch
 from trimtab import data
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
-from trimtab.checkpoint import State, Stateful, Weights
+from trimtab.checkpoint import State, Stateful, Weights, checkpoints_of
 from trimtab.evals.intervals import wilson
 from trimtab.health import sinking
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -80,8 +80,8 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
     facts = {**facts, "start": {"model": config.model.model, "sample_sha256": digest_of_sample(model)}}
     wanted = options.resume or options.resume_from is not None
     if wanted and (Path(options.out) / "config.yaml").exists():
+        check_data(Path(options.out), facts)
         run = Run.reopen(options.out, config=resolved, seed=options.seed, source=options.resume_from)
-        check_data(run, facts)
     else:
         run = Run.create(options.out, config=resolved, seed=options.seed, overwrite=options.overwrite)
     write_json(run.directory / "data.json", facts)
@@ -89,12 +89,16 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
     return run
 
 
-def check_data(run: Run, facts: Mapping[str, Any]) -> None:
-    """ValueError if a run that is to go on would meet other rows than before."""
-    path = run.directory / "data.json"
-    if run.saved is not None and path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
+def check_data(run: Path, facts: Mapping[str, Any]) -> None:
+    """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
+    path = run / "data.json"
+    if (
+        checkpoints_of(run)
+        and path.exists()
+        and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(facts))
+    ):
         raise ValueError(
-            f"the data or the start model are not those of the run in {run.directory} any more (its data.json tells "
+            f"the data or the start model are not those of the run in {run} any more (its data.json tells "
             "what they were). Put them back as they were, or begin another run."
         )
 
