@@ -219,9 +219,12 @@ def test_what_a_dead_process_left_is_cleared_up(tmp_path: Path) -> None:
     folder = path.parent
     shutil.copytree(path, folder / ".step-00000008.partial")
     shutil.copytree(path, folder / ".step-00000006.removed")
+    (tmp_path / ".model-abc").mkdir()
+    (tmp_path / ".config.yaml.partial").write_text("see")
     path.rename(folder / f".{path.name}.old")  # it died between the two renames of a replacement
     recover(tmp_path)
     assert [path.name for path in folder.iterdir()] == [path.name] and is_whole(path)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 # ---- A run

@@ -333,8 +333,10 @@ def recover(run: Path) -> None:
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not place.exists():
             old.rename(place)
-    for left in folder.glob(".*"):
+    for left in (*folder.glob(".*"), *run.glob(".model-*"), *run.glob(".critic-*")):
         shutil.rmtree(left)
+    for left in run.glob(".*.partial"):
+        left.unlink()
 
 
 def remove(folder: Path) -> None:

@@ -242,7 +242,9 @@ def check_run(options: RunOptions) -> None:
     out = Path(options.out)
     if not (out / "config.yaml").exists():
         told = "already holds something that is no run (no config.yaml)"
-        raise FileExistsError(f"--out {out} {told}, so nothing is written there. Give another directory.")
+        raise FileExistsError(
+            f"--out {out} {told}, so there is nothing to --resume or to --overwrite. Give another directory."
+        )
     if not (options.overwrite or options.resume or options.resume_from):
         raise FileExistsError(
             f"--out {out} already holds a run. Add --resume to go on with it or --overwrite to replace it, or give "
