@@ -83,7 +83,7 @@ def moments(out: Path, draw: random.Random, steps: int) -> tuple[str, Callable[[
     return name, kinds[name]
 
 
-def killed_and_resumed(arguments: list[str], out: Path, log: Path, *, steps: int, kills: int, seed: int) -> list[str]:
+def killed_and_resumed(arguments: list[str], out: Path, log: Path, *, steps: int, kills: int, seed: str) -> list[str]:
     """Begin a run, kill it `kills` times at random moments, resuming each time, and let it end; the moments."""
     draw, told = random.Random(seed), []
     while len(told) < kills:

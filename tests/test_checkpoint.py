@@ -29,7 +29,8 @@ from trimtab.checkpoint import (
 )
 from trimtab.learner import Learner, make_optimizer, make_schedule
 from trimtab.objectives import DemonstrationObjective
-from trimtab.run import MOST_SKIPPED, Run, Safety, random_state, set_random_state
+from trimtab.run import MOST_SKIPPED, Run
+from trimtab.safety import Safety, random_state, set_random_state
 
 EXAMPLE = Path(__file__).parent / "recorded_run"
 

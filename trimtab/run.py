@@ -24,13 +24,10 @@ import platform
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -45,8 +42,6 @@ from trimtab.checkpoint import (
     State,
     Stateful,
     checkpoints_of,
-    is_whole,
-    read_checkpoint,
     recover,
     remove,
     step_of,
@@ -57,40 +52,12 @@ from trimtab.checkpoint import (
 )
 from trimtab.learner import Learner
 from trimtab.progress import console, progress_bar
+from trimtab.resume import check_config, check_files, chosen_checkpoint, clear, cut_back, holds_anything, verified
+from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
 
 FORMAT_VERSION = 1
 SHOWN = ("loss", "reward", "kl")
 """Figures of a step that the progress bar shows."""
-
-
-@dataclass(frozen=True)
-class Safety:
-    """What keeps a run from being lost: what is saved and when, what stays, what happens to a step that went wrong.
-
-    `save` writes the model, `parts` are all that a later step depends on besides the run itself, and `rows` names the
-    rows of a step.
-    """
-
-    save: Callable[[Path], None]
-    parts: Mapping[str, Stateful]
-    every: int = 0
-    """Steps between checkpoints; 0: only when the run is asked to stop."""
-    save_state: bool = True
-    """Off: checkpoints hold the model alone, but for one that is written because the run is asked to stop."""
-    keep_last: int = 0
-    """How many checkpoints stay; 0: all."""
-    keep_best: str | None = None
-    """A figure of the evaluations: the model that was best in it stays as checkpoints/best."""
-    on_nonfinite: str = "stop"
-    rows: Callable[[int], Sequence[str]] = lambda step: ()
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop by a signal, and has ended its step and saved. The text says how to go on."""
-
-    def __init__(self, text: str, number: int) -> None:
-        super().__init__(text)
-        self.number = number
 
 
 @dataclass
@@ -143,7 +110,7 @@ class Run:
         recover(path)
         run = cls(path, seed, str(config.get("command", "")))
         run.checkpoint = chosen_checkpoint(path, source)
-        run.saved = run._verified(run.checkpoint) if run.checkpoint else None
+        run.saved = verified(path, run.checkpoint, run.go_on) if run.checkpoint else None
         known = json.loads((path / "environment.json").read_text()) if (path / "environment.json").exists() else {}
         now = environment(seed)
         if known and known["versions"] != now["versions"]:
@@ -153,15 +120,6 @@ class Run:
         write_json(path / "environment.json", {**now, **known, "resumed": resumed})
         write_config(path, config)
         return run
-
-    def _verified(self, checkpoint: Path) -> State:
-        """The state in a checkpoint. ValueError that offers an earlier one where this is damaged."""
-        try:
-            return read_checkpoint(checkpoint)
-        except ValueError as error:
-            good = next(filter(is_whole, reversed(earlier(self.directory, checkpoint))), None)
-            advice = f"Go on from the one before it:\n  {self.go_on} --resume-from {good.name}" if good else ""
-            raise ValueError(f"{error}\n{advice or 'No earlier checkpoint is whole.'}") from None
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Let every part, the files and the random generators be as they were at the checkpoint to go on from."""
@@ -227,11 +185,13 @@ class Run:
         `eval_every` steps (0: never in between) and at the end. Raises Interrupted after a step in which SIGTERM or
         Ctrl-C came, once the run is saved.
         """
+        if steps < self.step:
+            raise ValueError(f"--steps {steps}: the run is at step {self.step} already.")
         if not self.step:
             self._evaluate(evaluate, safety)
         with progress_bar(title, steps, done=self.step) as advance, stop_signals() as asked:
             ended = time.perf_counter()
-            for batch in itertools.islice(batches, max(0, steps - self.step)):
+            for batch in itertools.islice(batches, steps - self.step):
                 self.step, began = self.step + 1, time.perf_counter()
                 figures = self._step(learner, batch, safety)
                 seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
@@ -327,150 +287,6 @@ MOST_SKIPPED = 10
 """Steps that may be skipped in a run because their gradient was not finite."""
 
 
-# ---- The directory
-
-
-def holds_anything(directory: Path) -> bool:
-    """Whether a folder holds more than what was being written when a process died."""
-    return any(not path.name.endswith(".partial") for path in directory.iterdir())
-
-
-def clear(directory: Path) -> None:
-    """Empty a run directory: checkpoints first and at once, so that nobody goes on from what is half gone; its config
-    last, so that it can be seen to be a run until then.
-    """
-    remove(directory / "checkpoints")
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """config.yaml, complete or not at all."""
-    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-
-
-MAY_CHANGE = {"out", "save_every", "save_state", "keep_last", "eval_every", "keep_best", "on_nonfinite"}
-"""Flags that change no weight: what is looked at, what is kept."""
-ROUNDING = {"micro_batch_rows", "gradient_checkpointing", "share_prompts", "packing", "batch_rows", "device"}
-"""Flags that change speed and memory, and with them at most the last digits."""
-
-
-def check_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """ValueError that names every flag in which a run differs from the one that is to go on.
-
-    Flags that a run of an earlier version did not know are not compared.
-    """
-    stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(stored, dict):
-        raise ValueError(f"{directory / 'config.yaml'} is damaged: expected `flag: value` lines.")
-    given = yaml.safe_load(yaml.safe_dump(dict(config)))
-    changed = [name for name in stored if name not in MAY_CHANGE and stored[name] != given.get(name)]
-    refused = [name for name in changed if name not in ROUNDING]
-    if {"steps", "epochs"} >= set(refused) and (given.get("schedule"), given.get("warmup")) == ("constant", 0):
-        refused = []  # the learning rate of the steps so far does not depend on how many follow
-    told = [f"--{name.replace('_', '-')} {stored[name]} -> {given.get(name)}" for name in (refused or changed)]
-    if refused:
-        raise ValueError(
-            f"--resume: this is not the run in {directory}: {', '.join(told)}. Give the flags that it began with (they "
-            "are in its config.yaml), another --out, or --overwrite. More --steps can be asked for with --schedule "
-            "constant and --warmup 0, where the learning rate so far does not depend on them."
-        )
-    if told:
-        console.print(f"changed: {', '.join(told)}")
-
-
-def chosen_checkpoint(run: Path, source: str | None) -> Path | None:
-    """The checkpoint to go on from: `source` (a folder, or its name in the run), or the newest; None without any."""
-    found = checkpoints_of(run)
-    if source is None:
-        return found[-1] if found else None
-    for path in found:
-        if path.name == source or path.resolve() == Path(source).resolve():
-            return path
-    known = ", ".join(path.name for path in found) or "none"
-    raise FileNotFoundError(f"--resume-from {source}: the run {run} has no such checkpoint. It has: {known}.")
-
-
-def earlier(run: Path, checkpoint: Path) -> list[Path]:
-    """The checkpoints before this one, oldest first."""
-    return [path for path in checkpoints_of(run) if step_of(path) < step_of(checkpoint)]
-
-
-def check_files(directory: Path, sizes: Mapping[str, int]) -> None:
-    """ValueError unless the .jsonl files hold at least what they held at the checkpoint, up to the end of a line."""
-    for name, size in sizes.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size < size:
-            raise ValueError(f"{path} is shorter than it was at the checkpoint: it was changed or is damaged.")
-        with path.open("rb") as file:
-            file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":
-                raise ValueError(f"{path}: no line ends at byte {size}, as it did at the checkpoint. It was changed.")
-
-
-def cut_back(directory: Path, sizes: Mapping[str, int]) -> None:
-    """Cut the .jsonl files to what they held at a checkpoint; those that did not exist yet go."""
-    for path in directory.glob("*.jsonl"):
-        if path.name in sizes:
-            os.truncate(path, sizes[path.name])
-        else:
-            path.unlink()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The signals that asked to stop: SIGTERM and Ctrl-C wait here for the end of a step, a second one does not."""
-    asked: list[int] = []
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: object) -> None:
-        asked.append(number)
-        restore()
-        console.print("stopping after this step; once more ends at once, without saving")
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        restore()
-
-
-# ---- Random generators
-
-
-def random_state() -> State:
-    """The state of Python's, NumPy's and torch's generators."""
-    version, words, gauss = random.getstate()
-    numbers = numpy.random.get_state(legacy=False)
-    assert isinstance(numbers, dict)
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": {**numbers, "state": {**numbers["state"], "key": numbers["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-        "cuda": {str(i): torch.cuda.get_rng_state(i) for i in devices},
-    }
-
-
-def set_random_state(state: State) -> None:
-    """Put the generators into a state that `random_state` gave."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    numbers = state["numpy"]
-    key = numpy.array(numbers["state"]["key"], dtype=numpy.uint32)
-    numpy.random.set_state({**numbers, "state": {**numbers["state"], "key": key}})
-    torch.set_rng_state(state["torch"])
-    for device, values in state["cuda"].items():
-        torch.cuda.set_rng_state(values, int(device))
-
-
 def check_weights(learner: Learner, advice: str) -> None:
     """Refuse to save what the last step broke; earlier ones were found by the step after them."""
     if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
@@ -527,6 +343,11 @@ def source_commit() -> str | None:
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return told.stdout.strip() or None
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml, complete or not at all."""
+    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,8 @@ from trimtab.recipes import training
 from trimtab.records import Prompt
 from trimtab.rewards import Reward, parse_rewards
 from trimtab.rollouts import Account, Scored, Stages, score
-from trimtab.run import Run, Safety
+from trimtab.run import Run
+from trimtab.safety import Safety
 from trimtab.sampling import Samples, sample
 from trimtab.selection import Drawn
 from trimtab.tokens import encode_prompts

@@ -31,7 +31,8 @@ from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
 from trimtab.rewards import RULES
-from trimtab.run import Run, Safety, check_weights, seed_everything, write_json
+from trimtab.run import Run, check_weights, seed_everything, write_json
+from trimtab.safety import Safety
 from trimtab.sampling import sample
 from trimtab.tokens import Encoded, digest_of_rows
 
