@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trimtab
+from benchmarks import online
 from benchmarks.process import Clock, Job, Result, peak_bytes, resident_bytes, token_facts
 from trimtab.learner import Learner
 from trimtab.losses.arguments import combine
@@ -166,10 +167,20 @@ def random_network(auto: Any, folder: str, device: str) -> Any:
 # ---- Measuring
 
 
-def run(job: Job) -> Result:
-    """All steps of a job, and what they took."""
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+@dataclass(frozen=True)
+class Ready:
+    """Everything that a step takes, and how it came about."""
+
+    learner: Learner
+    batch: Any
+    model: Any
+    items: training.Items
+    loaded: int
+    checkpointing: str
+
+
+def make_ready(job: Job) -> Ready:
+    """A job's model, learner and batch."""
     model, objective, items, loaded = KINDS[job.kind](job)
     steps = step_options(job)
     checkpointing = choose_checkpointing(
@@ -178,11 +189,20 @@ def run(job: Job) -> Result:
     if checkpointing.on:
         recompute_layers(model.model)
     learner = with_optimizer(training.make_learner(model, objective, steps, 1 + job.steps), job)
-    batch = items.batch(range(len(items.encoded)))
+    return Ready(learner, items.batch(range(len(items.encoded))), model, items, loaded, checkpointing.why)
+
+
+def run(job: Job) -> Result:
+    """All steps of a job, and what they took."""
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if job.kind in online.KINDS:
+        return replace(online.run(job, held, policy_loader(job)), peak=peak(job), versions=versions())
+    ready = make_ready(job)
     clock, told = Clock(), []
     for _ in range(1 + job.steps):
         clock.start()
-        told.append(learner.step(batch))
+        told.append(ready.learner.step(ready.batch))
         settle(job)
         clock.stop()
     return Result(
@@ -190,14 +210,14 @@ def run(job: Job) -> Result:
         seconds=clock.seconds,
         losses=[figures["loss"] for figures in told],
         figures=told[0],
-        tokens={**token_facts(answers(items.encoded)), **counts(items.encoded, job.kind)},
-        loaded=loaded,
+        tokens={**token_facts(answers(ready.items.encoded)), **counts(ready.items.encoded, job.kind)},
+        loaded=ready.loaded,
         peak=peak(job),
         threads=torch.get_num_threads(),
         versions=versions(),
-        note=f"{model.arithmetic.why}; gradient checkpointing {checkpointing.why}",
-        laid_out=model.body.arrangement is not None,
-        attention=model.body.attention,
+        note=f"{ready.model.arithmetic.why}; gradient checkpointing {ready.checkpointing}",
+        laid_out=ready.model.body.arrangement is not None,
+        attention=ready.model.body.attention,
     )
 
 

@@ -246,7 +246,10 @@ def test_rollouts_without_any_score_are_passed_over(
 MISTAKES = {
     "nobody says which is better": (["online-dpo"], r"--reward and --judge: give one"),
     "two say it": (["online-dpo", *BYTES, "--judge", "rule:length"], r"--reward and --judge: give one"),
-    "unknown judge": (["online-dpo", "--judge", "llm:big"], r"unknown judge 'llm:big'.*reward:R.*rule:.*py:"),
+    "unknown judge": (
+        ["online-dpo", "--judge", "gpt:big"],
+        r"unknown judge 'gpt:big'.*reward:R.*rule:.*py:.*llm:.*labels:",
+    ),
     "unknown rule": (["online-dpo", "--judge", "rule:lenght"], r"rule:lenght.*rule:length"),
     "unknown reward of a judge": (["online-dpo", "--judge", "reward:lenght"], r"unknown reward 'lenght'"),
     "no such run": (["online-dpo", "--judge", "reward:./nowhere"], r"no folder \./nowhere"),

@@ -12,6 +12,7 @@ import yaml
 
 from trimtab.checkpoint import checkpoints_of, is_whole, read_checkpoint, remove, step_of
 from trimtab.progress import console
+from trimtab.untrusted import read_yaml_mapping
 
 
 def holds_anything(directory: Path) -> bool:
@@ -39,9 +40,7 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
 
     Flags that a run of an earlier version did not know are not compared.
     """
-    stored = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(stored, dict):
-        raise ValueError(f"{directory / 'config.yaml'} is damaged: expected `flag: value` lines.")
+    stored = read_yaml_mapping(directory / "config.yaml")
     given = yaml.safe_load(yaml.safe_dump(dict(config)))
     changed = [name for name in stored if name not in MAY_CHANGE and stored[name] != given.get(name)]
     refused = [name for name in changed if name not in ROUNDING]

@@ -54,6 +54,7 @@ from trimtab.learner import Learner
 from trimtab.progress import console, progress_bar
 from trimtab.resume import check_config, check_files, chosen_checkpoint, clear, cut_back, holds_anything, verified
 from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
+from trimtab.untrusted import read_json_object
 
 FORMAT_VERSION = 1
 SHOWN = ("loss", "reward", "kl")
@@ -111,7 +112,7 @@ class Run:
         run = cls(path, seed, str(config.get("command", "")))
         run.checkpoint = chosen_checkpoint(path, source)
         run.saved = verified(path, run.checkpoint, run.go_on) if run.checkpoint else None
-        known = json.loads((path / "environment.json").read_text()) if (path / "environment.json").exists() else {}
+        known = read_json_object(path / "environment.json") if (path / "environment.json").exists() else {}
         now = environment(seed)
         if known and known["versions"] != now["versions"]:
             console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
@@ -155,7 +156,7 @@ class Run:
     def note(self, **facts: Any) -> None:
         """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
         path = self.directory / "environment.json"
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json_object(path)
         write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -302,6 +303,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise all new memory is first filled with NaN, which shows code that reads what nobody wrote: 5 % of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def environment(seed: int) -> dict[str, Any]:

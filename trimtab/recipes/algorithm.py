@@ -210,7 +210,7 @@ def check_critic(name: str, options: CriticOptions, row: Algorithm, steps: int) 
         raise ValueError(f"{told}: a number from 0 that leaves the policy a step is needed.")
 
 
-FREE_SAMPLING = {"max_new_tokens", "temperature", "batch_rows", "stop"}
+FREE_SAMPLING = {"max_new_tokens", "temperature", "batch_rows", "stop", "sampler"}
 """What may be set about the sampling of answers that the policy learns from."""
 
 

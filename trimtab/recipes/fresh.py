@@ -9,7 +9,7 @@ from typing import Any
 from trimtab import health
 from trimtab.batches import DemonstrationBatch, PairBatch, Referenced, Rollouts
 from trimtab.checkpoint import State, as_state
-from trimtab.judges import Judge, JudgedReward, compared
+from trimtab.judges import Judge, JudgedReward, asked_of, compared
 from trimtab.objectives import FreshObjective, Objective
 from trimtab.progress import console
 from trimtab.recipes import online, training
@@ -38,6 +38,7 @@ def learn_from_fresh(
     collect: Callable[[Rollouts, Sequence[int]], Referenced[PairBatch] | DemonstrationBatch],
 ) -> None:
     """Sample, score, choose, step: from checked flags to a finished run."""
+    sampler = training.sampler_of(config.sampling)
     policy, reward, prompts = online.load_parts(config, load)
     run = online.open_run(command, config, policy, prompts)
     reference, tally = policy.reference(), Tally()
@@ -46,7 +47,7 @@ def learn_from_fresh(
     safety = online.resume(run, learner, config, {"tally": tally}, prompts["train"], measure)
     batches = fresh_batches(
         online.draws(prompts["train"], config, start=tally.rollouts),
-        online.stages_of(policy, reference, reward, config),
+        online.stages_of(policy, reference, reward, config, sampler),
         pick,
         collect,
         group_size=config.algorithm.group_size,
@@ -55,10 +56,13 @@ def learn_from_fresh(
         watch=watcher(run, tally),
     )
     online.save_memory(run, [policy], prompts["train"], config, item_rows=2)
-    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config)
+    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
     shown = prompts.get("eval", prompts["train"])
     training.train_online(run, learner, batches, evaluate, policy, shown, config, safety=safety)
     tell(tally)
+    asked = asked_of(reward.judge) if isinstance(reward, JudgedReward) else None
+    if asked is not None:
+        console.print(f"judge: {asked}")
 
 
 def measure_of(reward: Reward) -> online.Measure:

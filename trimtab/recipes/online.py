@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,13 @@ from trimtab.learner import Learner
 from trimtab.models import FrozenPolicy, Policy, ScalarModel
 from trimtab.progress import console
 from trimtab.recipes import training
+from trimtab.recipes.options import settings_of
 from trimtab.records import Prompt
 from trimtab.rewards import Reward, parse_rewards
 from trimtab.rollouts import Account, Scored, Stages, score
 from trimtab.run import Run
 from trimtab.safety import Safety
-from trimtab.sampling import Samples, sample
+from trimtab.sampling import Sampler, Samples
 from trimtab.selection import Drawn
 from trimtab.tokens import encode_prompts
 
@@ -124,18 +125,19 @@ def stages_of(
     reference: FrozenPolicy,
     reward: Reward,
     config: Any,
+    sampler: Sampler,
     *,
     critic: ScalarModel | None = None,
     exact_kl: bool = False,
 ) -> Stages:
     """What a rollout passes through."""
-    settings, group_size = asdict(config.sampling), config.algorithm.group_size
+    settings, group_size = settings_of(config.sampling), config.algorithm.group_size
 
     def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
-        return sample(policy, prompts, n, seed=config.run.seed, step=step, **settings)
+        return sampler(policy, prompts, n, seed=config.run.seed, step=step, **settings)
 
     def greedy(prompts: Sequence[Prompt]) -> Samples:
-        return sample(policy, prompts, **{**settings, "temperature": 0.0})
+        return sampler(policy, prompts, **{**settings, "temperature": 0.0})
 
     return Stages(
         draw=draw,
@@ -211,14 +213,20 @@ def reward_measure(reward: Reward) -> Measure:
 
 
 def evaluation(
-    measure: Measure, policy: Policy, reference: FrozenPolicy, prompts: Sequence[Prompt] | None, config: Any
+    measure: Measure,
+    policy: Policy,
+    reference: FrozenPolicy,
+    prompts: Sequence[Prompt] | None,
+    config: Any,
+    sampler: Sampler,
 ) -> Callable[[int], dict[str, float]] | None:
     """The measure, exact KL and length on held-out prompts, by the same uniform numbers each time; None without any."""
+    settings = settings_of(config.sampling)
     if prompts is None:
         return None
 
     def evaluate(step: int) -> dict[str, float]:
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
+        samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
         figures = measure.mean(samples, config.run.seed)
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}

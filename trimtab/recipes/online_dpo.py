@@ -28,7 +28,8 @@ class JudgeChoice:
     """Who else says which answer is better."""
 
     judge: str | None = None
-    """Instead of --reward: reward:R (any --reward), rule:NAME, or py:package.module:function."""
+    """Instead of --reward: reward:R (any --reward), rule:NAME, py:package.module:function, llm:URL#MODEL, or
+    labels:FILE."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def check_source(config: OnlineDpo) -> None:
         raise ValueError("--reward and --judge: give one of them, for one must say which answer is better.")
     if judge is None:
         return
-    check_outside(config.run.out, "--judge", judge.removeprefix("reward:"))
+    check_outside(config.run.out, "--judge", judge.removeprefix("reward:").removeprefix("labels:"))
     if source.reward_weights:
         raise ValueError("--reward-weights has no effect without --reward.")
     if options.group_size != 2:

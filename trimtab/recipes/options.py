@@ -5,11 +5,12 @@ Groups are composed in a recipe's config and flat on the command line and in `co
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from trimtab.untrusted import read_json_object, read_yaml_mapping
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Overlong = Literal["error", "drop", "truncate-prompt-left", "truncate-response"]
@@ -254,13 +255,11 @@ def check_run(options: RunOptions) -> None:
 
 def check_unfinished(config: Any) -> None:
     """AlreadyFinished if a run that is to go on has ended, and no other number of steps is asked for now."""
-    import yaml
-
     stored, environment = (Path(config.run.out) / name for name in ("config.yaml", "environment.json"))
     if not config.run.resume or not environment.exists() or not stored.exists():
         return
-    step = json.loads(environment.read_text(encoding="utf-8")).get("finished")
-    then = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    step = read_json_object(environment).get("finished")
+    then = read_yaml_mapping(stored)
     asked = {name: getattr(config.steps, name, None) for name in ("steps", "epochs")}
     if step is not None and all(then.get(name) == value for name, value in asked.items()):
         raise AlreadyFinished(f"the run in {config.run.out} is finished (step {step}): nothing is left to do.")
@@ -296,6 +295,13 @@ class SamplingOptions:
     """Texts that end an answer and are left out of it."""
     batch_rows: int = 32
     """Answers sampled at the same time; changes speed, not the samples (in float32)."""
+    sampler: str = "own"
+    """own, or vllm:URL, a vLLM server of this model's architecture, such as vllm:http://127.0.0.1:8000."""
+
+
+def settings_of(options: SamplingOptions) -> dict[str, Any]:
+    """What a sampler is told, by the names of its arguments."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name != "sampler"}
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def rl(config: Rl) -> None:
     from trimtab.rollouts import policy_batches
 
     algorithm, history = checked(config)
+    sampler = training.sampler_of(config.sampling)
     policy, reward, prompts = online.load_parts(config, online.load_reward)
     shown = demonstrations(policy, config)
     critic = load_critic(policy, reward, config) if algorithm.critic else None
@@ -84,7 +85,7 @@ def rl(config: Rl) -> None:
     safety = online.resume(run, learner, config, {"history": history}, prompts["train"], measure)
     batches = policy_batches(
         online.draws(prompts["train"], config, start=history.rollouts),
-        online.stages_of(policy, reference, reward, config, critic=critic, exact_kl=algorithm.kl == "exact"),
+        online.stages_of(policy, reference, reward, config, sampler, critic=critic, exact_kl=algorithm.kl == "exact"),
         algorithm,
         history,
         group_size=size,
@@ -95,7 +96,7 @@ def rl(config: Rl) -> None:
     networks = [policy, critic] if critic else [policy]
     longest_shown = config.data.max_length if shown else 0
     online.save_memory(run, networks, prompts["train"], config, item_rows=size, length=longest_shown)
-    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config)
+    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
     some = prompts.get("eval", prompts["train"])
     keep = partial(critic.save, run.directory / "critic") if critic else lambda: None
     training.train_online(run, learner, updates, evaluate, policy, some, config, safety=safety, finish=keep)

@@ -25,7 +25,14 @@ from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, OnlineStepOptions, RunOptions, StepOptions, flatten
+from trimtab.recipes.options import (
+    DataOptions,
+    OnlineStepOptions,
+    RunOptions,
+    SamplingOptions,
+    StepOptions,
+    flatten,
+)
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
@@ -33,8 +40,9 @@ from trimtab.report import write_report
 from trimtab.rewards import RULES
 from trimtab.run import Run, check_weights, seed_everything, write_json
 from trimtab.safety import Safety
-from trimtab.sampling import sample
+from trimtab.sampling import Sampler, VllmServer, sample
 from trimtab.tokens import Encoded, digest_of_rows
+from trimtab.untrusted import read_json_object
 
 SAMPLE_VALUES = 1024
 
@@ -75,8 +83,9 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved[name] = absolute(resolved[name])
     if "reward" in resolved:
         resolved["reward"] = [name if name in RULES else absolute(name) for name in resolved["reward"]]
-    if (resolved.get("judge") or "").startswith("reward:"):
-        resolved["judge"] = f"reward:{absolute(resolved['judge'].removeprefix('reward:'))}"
+    kind, _, name = (resolved.get("judge") or "").partition(":")
+    if kind in ("reward", "labels"):
+        resolved["judge"] = f"{kind}:{absolute(name)}"
     options: RunOptions = config.run
     facts = {**facts, "start": {"model": config.model.model, "sample_sha256": digest_of_sample(model)}}
     wanted = options.resume or options.resume_from is not None
@@ -93,11 +102,7 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
 def check_data(run: Path, facts: Mapping[str, Any]) -> None:
     """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
     path = run / "data.json"
-    if (
-        checkpoints_of(run)
-        and path.exists()
-        and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(facts))
-    ):
+    if checkpoints_of(run) and path.exists() and read_json_object(path) != json.loads(json.dumps(facts)):
         raise ValueError(
             f"the data or the start model are not those of the run in {run} any more (its data.json tells "
             "what they were). Put them back as they were, or begin another run."
@@ -197,6 +202,16 @@ def load_for_sampling(config: Any) -> Any:
     policy = load_policy(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
     console.print(f"{model.model} on {policy.device}: {policy.arithmetic.why}")
     return policy
+
+
+def sampler_of(options: SamplingOptions) -> Sampler:
+    """What draws the answers: this library, or a server that answers already."""
+    kind, _, url = options.sampler.partition(":")
+    if options.sampler == "own":
+        return sample
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ValueError(f"--sampler {options.sampler}: give own, or vllm:URL such as vllm:http://127.0.0.1:8000.")
+    return VllmServer(url)
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
