@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trimtab.checkpoint import checkpoints_of, is_whole, read_checkpoint, remove, step_of
 from trimtab.progress import console
 from trimtab.untrusted import read_yaml_mapping
@@ -41,12 +39,11 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
     Flags that a run of an earlier version did not know are not compared.
     """
     stored = read_yaml_mapping(directory / "config.yaml")
-    given = yaml.safe_load(yaml.safe_dump(dict(config)))
-    changed = [name for name in stored if name not in MAY_CHANGE and stored[name] != given.get(name)]
+    changed = [name for name in stored if name not in MAY_CHANGE and stored[name] != config.get(name)]
     refused = [name for name in changed if name not in ROUNDING]
-    if {"steps", "epochs"} >= set(refused) and (given.get("schedule"), given.get("warmup")) == ("constant", 0):
+    if {"steps", "epochs"} >= set(refused) and (config.get("schedule"), config.get("warmup")) == ("constant", 0):
         refused = []  # the learning rate of the steps so far does not depend on how many follow
-    told = [f"--{name.replace('_', '-')} {stored[name]} -> {given.get(name)}" for name in (refused or changed)]
+    told = [f"--{name.replace('_', '-')} {stored[name]} -> {config.get(name)}" for name in (refused or changed)]
     if refused:
         raise ValueError(
             f"--resume: this is not the run in {directory}: {', '.join(told)}. Give the flags that it began with (they "

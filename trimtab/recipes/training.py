@@ -102,7 +102,7 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
 def check_data(run: Path, facts: Mapping[str, Any]) -> None:
     """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
     path = run / "data.json"
-    if checkpoints_of(run) and path.exists() and read_json_object(path) != json.loads(json.dumps(facts)):
+    if checkpoints_of(run) and path.exists() and json.dumps(read_json_object(path)) != json.dumps(facts):
         raise ValueError(
             f"the data or the start model are not those of the run in {run} any more (its data.json tells "
             "what they were). Put them back as they were, or begin another run."
