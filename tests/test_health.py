@@ -7,7 +7,7 @@ import torch
 
 from trimtab.batches import Mean, Rollouts
 from trimtab.health import ADVICE, Health, signs, sinking
-from trimtab.recipes.training import Items, held_out
+from trimtab.recipes.training import HeldOut, Items
 from trimtab.tokens import Row, pad
 
 ROWS = [[1, 2, 3, 4, 5, 9], [2, 2, 3, 1, 9], [4, 9], [5, 5, 9], [1, 2, 1, 2, 1, 9], [6, 9], [7, 8, 6, 5, 4], [3, 2, 9]]
@@ -124,7 +124,7 @@ def test_an_evaluation_tells_once_that_both_sink(capsys: pytest.CaptureFixture[s
             chosen, rejected = (Mean.of(torch.tensor(value)) for value in next(courses))
             return Mean.of(torch.tensor(0.5)), {"chosen_logprob": chosen, "rejected_logprob": rejected}
 
-    evaluate = held_out(Scripted(), Items([], lambda items, pad_id: None, 0), 4)  # pyright: ignore[reportArgumentType]
+    evaluate = HeldOut(Scripted(), Items([], lambda items, pad_id: None, 0), 4)  # pyright: ignore[reportArgumentType]
     assert evaluate is not None
     told = [(evaluate(step), " ".join(capsys.readouterr().err.split()))[1] for step in range(3)]
     assert ["both became less likely" in text for text in told] == [False, True, False]

@@ -455,10 +455,13 @@ def batch_starts(size: int, batch_size: int) -> range:
     return range(0, size - 1 if single else size, batch_size)
 
 
-def batch_indices(size: int, batch_size: int, *, seed: int, steps: int) -> Iterator[list[int]]:
-    """The items of each step: epoch after epoch, each in its own order; an epoch's last batch may differ in size."""
+def batch_indices(size: int, batch_size: int, *, seed: int, steps: int, start: int = 0) -> Iterator[list[int]]:
+    """The items of each step: epoch after epoch, each in its own order; an epoch's last batch may differ in size.
+
+    With `start`, those of the steps after that one, as if the steps up to it had been drawn.
+    """
     starts = batch_starts(size, batch_size)
     ends = [*starts[1:], size]
-    for step in range(steps):
+    for step in range(start, steps):
         epoch, place = divmod(step, len(starts))
         yield list(epoch_order(size, seed=seed, epoch=epoch)[starts[place] : ends[place]])

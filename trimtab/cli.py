@@ -6,6 +6,7 @@ Nothing heavy is imported here; a recipe imports torch when it runs, so `--help`
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
+from trimtab.recipes.options import AlreadyFinished
 from trimtab.untrusted import printable, read_yaml_mapping
 
 
@@ -92,7 +94,7 @@ USAGE_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing here reports to anybody
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
@@ -109,9 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = "there is not enough memory for this" if isinstance(error, MemoryError) else str(error)
         print(f"trimtab: {printable(told)}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("trimtab: interrupted", file=sys.stderr)
-        return 130
+    except AlreadyFinished as told:
+        print(f"trimtab: {told}", file=sys.stderr)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"trimtab: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
 
 
 def run_command(given: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,11 @@ class PolicyWithCritic:
     def values(self, tokens: Tokens) -> PerToken:
         """What the critic expects *before* each response token, reward units, zero elsewhere."""
         return values_before(self.critic, tokens)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights of both, the critic's under `critic.`."""
+        yield from self.policy.named_parameters()
+        yield from ((f"critic.{name}", weight) for name, weight in self.critic.named_parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The policy's weights; the critic's are `critic.trainable_parameters()` and learn at another rate."""

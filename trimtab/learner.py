@@ -10,6 +10,7 @@ again with that gradient at its outputs.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.batches import Batch, Mean, move, split
+from trimtab.checkpoint import State, copy_weights
 from trimtab.objectives import Metrics, Objective
 
 Part = tuple[Tensor, tuple[Mean, Metrics] | None]
@@ -66,6 +68,36 @@ class Learner:
             "grad_norm": grad_norm.item(),
             "lr": lr,
         }
+
+    def skip(self) -> dict[str, float]:
+        """Let a step pass whose gradient was not finite; the learning rate stays a function of the step."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
+            self.schedule.step()
+        return {"loss": math.nan, "grad_norm": math.nan, "lr": lr}
+
+    def named(self) -> dict[str, Tensor]:
+        """The weights that train, by name."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def state_dict(self) -> State:
+        """The weights that train, in their own precision; AdamW's means by weight; learning rates and their step."""
+        moments = {name: self.optimizer.state.get(weight, {}) for name, weight in self.named().items()}
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"weights": self.named(), "optimizer": moments, "lr": rates, "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on as the learner that gave `state`. ValueError where that one had other weights."""
+        copy_weights(self.named(), state["weights"])
+        for name, weight in self.named().items():
+            moments = state["optimizer"].get(name, {})
+            self.optimizer.state[weight] = {key: value.to(weight.device) for key, value in moments.items()}
+        for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
+            group["lr"] = lr
+        self.schedule.load_state_dict(dict(state["schedule"]))
 
     def _clip(self) -> Tensor:
         """Clip the gradient of each network; the norm of the whole before that."""

@@ -114,6 +114,10 @@ class Policy:
         """Where calls of `model` compute as `logprobs` does: bf16 autocast or nothing."""
         return self.arithmetic.context(self.device)
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights with their names, tied ones once."""
+        return self.model.named_parameters()
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The weights that training changes: all, or the adapter's."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -303,6 +307,10 @@ class ScalarModel:
     def body(self) -> Body:
         """The transformer under the head, which decides how rows are run."""
         return self.module.body
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All weights with their names, tied ones once."""
+        return self.model.named_parameters()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The weights that training changes: all, or the adapter's and the head's."""

@@ -13,8 +13,8 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar for `total` units of work; yields `advance(count=1, note="")`."""
+def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar for `total` units of work, some of them done; yields `advance(count=1, note="")`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -23,9 +23,9 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[..., None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    began, done = time.monotonic(), 0
+    began = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total, note="")
+        task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done

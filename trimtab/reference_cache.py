@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import tempfile
-from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from trimtab import __version__
 from trimtab.builtin import cache_folder
 from trimtab.progress import console
 from trimtab.run import processor_name
-from trimtab.tokens import Encoded
+from trimtab.tokens import Encoded, digest_of_rows
 from trimtab.weights import merged_state
 
 if TYPE_CHECKING:
@@ -132,14 +131,7 @@ def digest(values: Tensor) -> str:
 
 def window_file(folder: Path, items: Sequence[Encoded]) -> Path:
     """The file of a window: named after its rows, in order."""
-    found = hashlib.sha256()
-    for item in items:
-        found.update(f"item of {len(item.rows)}".encode())
-        for row in item.rows:
-            found.update(f"row of {len(row.ids)}".encode())
-            found.update(array("q", row.ids).tobytes())
-            found.update(bytes(row.response))
-    return folder / f"{found.hexdigest()[:32]}.safetensors"
+    return folder / f"{digest_of_rows(items)[:32]}.safetensors"
 
 
 def write_window(path: Path, items: Sequence[Encoded], values: Sequence[Rows]) -> None:

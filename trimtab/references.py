@@ -161,6 +161,7 @@ def item_batches(items: Sequence[Encoded], order: Sequence[int], max_rows: int) 
 def moving(
     batches: Iterable[Any],
     update: Callable[[float], None],
+    start: int = 0,
     *,
     alpha: Annotated[float, Range(0, 1, high_included=True)] = 0.6,
     every: Annotated[int, Range(0)] = 512,
@@ -168,10 +169,11 @@ def moving(
     """Batches whose reference moves towards the policy: TR-DPO (Gorbatovski et al. 2024), defaults of its soft update.
 
     Before every `every`-th step after the first, `update(alpha)` sets reference <- alpha * policy + (1 - alpha) *
-    reference; `alpha=1` is the hard update. `batches` must compute the reference live and lazily.
+    reference; `alpha=1` is the hard update. `batches` must compute the reference live and lazily; `start` steps were
+    taken before them.
     """
     drawn = iter(batches)
-    step = 0
+    step = start
     while True:
         if step and step % every == 0:
             update(alpha)

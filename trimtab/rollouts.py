@@ -7,6 +7,7 @@ as the last step left it; never prefetch it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from trimtab.advantages import (
 )
 from trimtab.algorithms import Algorithm
 from trimtab.batches import PerSequence, PerToken, PolicyBatch, Rollouts, Tokens
+from trimtab.checkpoint import State, as_state, from_state
 from trimtab.health import Health
 from trimtab.kl import KL_ESTIMATORS, AdaptiveCoefficient, FixedCoefficient, KlBudget, log_ratio, shaped_rewards
 from trimtab.losses.arguments import check_arguments, parse_arguments
@@ -81,6 +83,20 @@ class History:
     rollouts: int = 0
     scored: int = 0
     """Rollouts in which some answer has a score."""
+    batch: PolicyBatch | None = None
+    """The last rollout, as long as updates on it are left."""
+    used: int = 0
+    """Updates that were taken on it."""
+
+    def state_dict(self) -> State:
+        return {name: value for name, value in as_state(self).items() if value is not None}
+
+    def load_state_dict(self, state: State) -> None:
+        for name in state.keys() - {"batch"}:
+            setattr(self, name, from_state(getattr(self, name), state[name]))
+        if "batch" in state:
+            tokens = Tokens(**state["batch"]["tokens"])
+            self.batch = PolicyBatch(**{**state["batch"], "tokens": tokens})
 
     @property
     def may_go_on(self) -> bool:
@@ -152,18 +168,37 @@ def policy_batches(
     """Sample, score, credit, and hand out minibatches, one for each update. Ends when the KL budget is spent.
 
     `watch` sees every rollout before the first update on it. One in which no answer has a score is passed over; see
-    `check_scored` for when that is an error.
+    `check_scored` for when that is an error. Begins with what `history` has left of a rollout.
     """
+    yield from updates_left(history, algorithm, seed)
     for asked in prompts:
         account = roll_out(asked, stages, algorithm, history, group_size=group_size)
         watch(account)
         check_scored(stages.reward, history.rollouts, history.scored)
         if not history.may_go_on:
             return
-        for epoch in range(algorithm.epochs if account.scored.valid.any() else 0):
-            order = derived_seed(seed, account.number, epoch)
-            yield from minibatches(account.batch, algorithm.minibatches, seed=order)
+        if account.scored.valid.any():
+            history.batch, history.used = account.batch, 0
+            yield from updates_left(history, algorithm, seed)
     check_scored(stages.reward, history.rollouts, history.scored, patience=1)
+
+
+def updates_left(history: History, algorithm: Algorithm, seed: int) -> Iterator[PolicyBatch]:
+    """The minibatches of the last rollout that no update was taken on yet; `history` counts those that are handed out.
+
+    It forgets the rollout with the last one.
+    """
+    batch = history.batch
+    if batch is None:
+        return
+    orders = (derived_seed(seed, history.rollouts, epoch) for epoch in range(algorithm.epochs))
+    parts = (part for order in orders for part in minibatches(batch, algorithm.minibatches, seed=order))
+    for part in itertools.islice(parts, history.used, None):
+        history.used += 1
+        if history.used == algorithm.updates:
+            history.batch = None
+        yield part
+    history.batch = None
 
 
 PATIENCE = 10

@@ -9,24 +9,26 @@ The directory is the contract between commands:
     evals.jsonl         one object an evaluation
     samples.jsonl       what the policy says
     rollouts.jsonl      online RL: one object a rollout, with the answers to one of its prompts and their rewards
-    checkpoints/        step-00000100/, ... and best/, in `save_pretrained` form
+    checkpoints/        step-00000100/, ... and best/: models in `save_pretrained` form, and what is needed to go on
     model/              the final model in `save_pretrained` form
     report.html         the same for people
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import platform
 import random
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,23 @@ import torch
 import yaml
 
 from trimtab import __version__
+from trimtab.checkpoint import (
+    State,
+    Stateful,
+    checkpoints_of,
+    recover,
+    remove,
+    step_of,
+    sync,
+    thin_out,
+    write_checkpoint,
+    write_text,
+)
 from trimtab.learner import Learner
-from trimtab.progress import progress_bar
+from trimtab.progress import console, progress_bar
+from trimtab.resume import check_config, check_files, chosen_checkpoint, clear, cut_back, holds_anything, verified
+from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
+from trimtab.untrusted import read_json_object
 
 FORMAT_VERSION = 1
 SHOWN = ("loss", "reward", "kl")
@@ -50,8 +67,20 @@ class Run:
 
     directory: Path
     seed: int
+    command: str = ""
     step: int = 0
     """The last step that `train` took."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The last evaluation, and its step."""
+    best: float | None = None
+    skipped: int = 0
+    """Steps whose gradient was not finite, and that were let pass."""
+    checkpoint: Path | None = None
+    """What the run goes on from, or the last checkpoint that it wrote."""
+    saved: State | None = None
+    """What was in it, until `restore` hands it out."""
+
+    # ---- Beginning, and going on
 
     @classmethod
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
@@ -60,20 +89,74 @@ class Run:
         Raises FileExistsError if the directory holds anything and `overwrite` is off.
         """
         path = Path(directory)
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and holds_anything(path):
             if not overwrite or not (path / "config.yaml").exists():
                 raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
-            shutil.rmtree(path)
+            clear(path)
         path.mkdir(parents=True, exist_ok=True)
         seed_everything(seed)
-        (path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        write_config(path, config)
         write_json(path / "environment.json", environment(seed))
-        return cls(path, seed)
+        return cls(path, seed, str(config.get("command", "")))
 
-    def note(self, **facts: str) -> None:
+    @classmethod
+    def reopen(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, source: str | None = None) -> Run:
+        """Open a run to go on from its newest checkpoint, or from `source`; from the start if it has none.
+
+        Raises ValueError, before anything is changed, if the checkpoint is damaged or the config is another one.
+        """
+        path = Path(directory)
+        check_config(path, config)
+        seed_everything(seed)
+        recover(path)
+        run = cls(path, seed, str(config.get("command", "")))
+        run.checkpoint = chosen_checkpoint(path, source)
+        run.saved = verified(path, run.checkpoint, run.go_on) if run.checkpoint else None
+        known = read_json_object(path / "environment.json") if (path / "environment.json").exists() else {}
+        now = environment(seed)
+        if known and known["versions"] != now["versions"]:
+            console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
+        resumed = [*known.get("resumed", ()), {name: now[name] for name in ("started", "versions", "commit")}]
+        known.pop("finished", None)
+        write_json(path / "environment.json", {**now, **known, "resumed": resumed})
+        write_config(path, config)
+        return run
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Let every part, the files and the random generators be as they were at the checkpoint to go on from."""
+        if self.saved is None:
+            cut_back(self.directory, {})  # of a run that died before its first checkpoint
+            return
+        saved, self.saved = self.saved, None
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            own = saved["run"]
+            self.step, self.evaluation = own["step"], own["evaluation"]
+            self.best, self.skipped = own["best"], own["skipped"]
+            set_random_state(own["random"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{self.checkpoint} cannot be used here: {error}") from error
+        check_files(self.directory, own["files"])
+        for later in reversed(checkpoints_of(self.directory)):
+            if step_of(later) > self.step:
+                console.print(f"{later} is removed: the run goes on from an earlier checkpoint")
+                remove(later)
+        cut_back(self.directory, own["files"])
+        console.print(f"going on after step {self.step}, from {self.checkpoint}")
+
+    @property
+    def go_on(self) -> str:
+        """What to type to go on."""
+        place = shlex.quote(str(self.directory))
+        return f"trimtab {self.command} --config {place} --out {place} --resume"
+
+    # ---- Writing down
+
+    def note(self, **facts: Any) -> None:
         """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
         path = self.directory / "environment.json"
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json_object(path)
         write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -81,6 +164,8 @@ class Run:
         # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
         with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+
+    # ---- The loop
 
     def train(
         self,
@@ -90,59 +175,125 @@ class Run:
         steps: int,
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
         eval_every: int = 0,
-        save: Callable[[Path], None] | None = None,
-        save_every: int = 0,
+        safety: Safety | None = None,
         title: str = "train",
     ) -> dict[str, float]:
-        """Draw a batch, take a step, write it down; `steps` times, or until the batches end.
+        """Draw a batch, take a step, write it down; up to step `steps`, or until the batches end.
 
         Returns the last evaluation.
         `batches` is drawn lazily, one batch before its step, so that a batch sampled from the policy sees the current
-        one. `evaluate(step)` runs before the first step, every `eval_every` steps (0: never in between) and at the end.
+        one; after `restore` it begins with the step that comes next. `evaluate(step)` runs before the first step, every
+        `eval_every` steps (0: never in between) and at the end. Raises Interrupted after a step in which SIGTERM or
+        Ctrl-C came, once the run is saved.
         """
-        evaluation, evaluated = self._evaluate(evaluate, 0), 0
-        self.step = 0
-        with progress_bar(title, steps) as advance:
+        if steps < self.step:
+            raise ValueError(f"--steps {steps}: the run is at step {self.step} already.")
+        if not self.step:
+            self._evaluate(evaluate, safety)
+        with progress_bar(title, steps, done=self.step) as advance, stop_signals() as asked:
             ended = time.perf_counter()
-            for batch in batches:
+            for batch in itertools.islice(batches, steps - self.step):
                 self.step, began = self.step + 1, time.perf_counter()
-                step = self.step
-                figures = learner.step(batch)
+                figures = self._step(learner, batch, safety)
                 seconds = {"seconds": time.perf_counter() - began, "draw_seconds": began - ended}
-                self._log_step(step, figures, batch, seconds)
+                self._log_step(self.step, figures, batch, seconds)
                 advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
-                if eval_every and step % eval_every == 0 and step < steps:
-                    evaluation, evaluated = self._evaluate(evaluate, step), step
-                if save and save_every and step % save_every == 0:
-                    self.checkpoint(save, f"step-{step:08d}")
-                if step == steps:
-                    break
+                if eval_every and self.step % eval_every == 0:
+                    self._evaluate(evaluate, safety)
+                if safety and (asked or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
+                    self.save(learner, safety, with_state=safety.save_state or bool(asked))
+                if asked:
+                    raise Interrupted(self._stopped(steps, safety), asked[0])
                 ended = time.perf_counter()
-        return evaluation if evaluated == self.step else self._evaluate(evaluate, self.step)
+        if self.evaluation.get("step") != self.step:
+            self._evaluate(evaluate, safety, last=True)
+        return {name: value for name, value in self.evaluation.items() if name != "step"}
+
+    def _step(self, learner: Learner, batch: Any, safety: Safety | None) -> dict[str, float]:
+        """A step; one whose loss or gradient is not finite ends the run with its rows named, or is let pass."""
+        try:
+            return learner.step(batch)
+        except FloatingPointError as error:
+            rows = safety.rows(self.step) if safety else ()
+            named = f" Rows of the batch: {', '.join(rows)}." if rows else ""
+            told = f"step {self.step}: {error}{named}"
+            if safety is None or safety.on_nonfinite == "stop" or self.skipped == MOST_SKIPPED:
+                raise FloatingPointError(f"{told} {self._last_good()}") from None
+        self.skipped += 1
+        console.print(f"[yellow]{told} It is skipped, the {self.skipped}. of at most {MOST_SKIPPED}.[/yellow]")
+        return {**learner.skip(), "skipped": self.skipped}
 
     def _log_step(self, step: int, figures: Mapping[str, float], batch: Any, seconds: Mapping[str, float]) -> None:
         tokens = int(batch.tokens.attention_mask.sum())
         speed = {"tokens": tokens, "tokens_per_second": tokens / seconds["seconds"], **seconds}
         self.append("metrics.jsonl", {"step": step, **figures, **speed})
 
-    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, step: int) -> dict[str, float]:
+    def _evaluate(
+        self, evaluate: Callable[[int], Mapping[str, float]] | None, safety: Safety | None, *, last: bool = False
+    ) -> None:
         if evaluate is None:
-            return {}
-        figures = dict(evaluate(step))
-        self.append("evals.jsonl", {"step": step, **figures})
-        return figures
+            return
+        figures = dict(evaluate(self.step))
+        self.evaluation = {"step": self.step, **figures}
+        self.append("evals.jsonl", self.evaluation)
+        if safety and safety.keep_best:
+            self._keep_best(safety.keep_best, figures, safety)
 
-    def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
-        """A checkpoint, in the place of an earlier one of that name; written aside, so that it is always whole."""
-        final = self.directory / "checkpoints" / name
-        aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save(aside)
-        if final.exists():
-            final.rename(retired)
-        aside.rename(final)
-        shutil.rmtree(retired, ignore_errors=True)
+    def _keep_best(self, name: str, figures: Mapping[str, float], safety: Safety) -> None:
+        """Save the model if it is the best so far in the figure `name`."""
+        if name not in figures:
+            raise ValueError(f"--keep-best {name}: the evaluation has {', '.join(figures)}.")
+        value = -figures[name] if name in LOWER_IS_BETTER else figures[name]
+        if self.step and math.isfinite(value) and (self.best is None or value > self.best):
+            self.best = value
+            write_checkpoint(self.directory / "checkpoints" / "best", step=self.step, state={}, save=safety.save)
+
+    # ---- Saving
+
+    def save(self, learner: Learner, safety: Safety, *, with_state: bool = True) -> None:
+        """A checkpoint of the model, and of all that the next step depends on."""
+        if self.checkpoint and step_of(self.checkpoint) == self.step:
+            return
+        check_weights(learner, self._last_good())
+        for path in self.directory.glob("*.jsonl"):
+            sync(path)
+        state = {"run": self._state(), **{name: part.state_dict() for name, part in safety.parts.items()}}
+        folder = self.directory / "checkpoints" / f"step-{self.step:08d}"
+        try:
+            write_checkpoint(folder, step=self.step, state=state if with_state else {}, save=safety.save)
+        except OSError as error:
+            raise OSError(f"{error} {self._last_good()}") from error
+        self.checkpoint = folder
+        thin_out(self.directory, safety.keep_last)
+
+    def _state(self) -> State:
+        files = {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.jsonl"))}
+        own = {name: getattr(self, name) for name in ("step", "evaluation", "best", "skipped")}
+        return {**own, "files": files, "random": random_state()}
+
+    def _last_good(self) -> str:
+        if self.checkpoint is None:
+            return f"There is no checkpoint yet (--save-every). What was written is in {self.directory}."
+        return f"The last good checkpoint is {self.checkpoint}; go on from it with:\n  {self.go_on}"
+
+    def _stopped(self, steps: int, safety: Safety | None) -> str:
+        told = f"stopped after step {self.step} of {steps}, as asked."
+        return f"{told} {self._last_good()}" if safety else told
+
+
+LOWER_IS_BETTER = ("loss", "kl", "unfinished")
+"""Figures of an evaluation of which less is better; of all others more."""
+
+MOST_SKIPPED = 10
+"""Steps that may be skipped in a run because their gradient was not finite."""
+
+
+def check_weights(learner: Learner, advice: str) -> None:
+    """Refuse to save what the last step broke; earlier ones were found by the step after them."""
+    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+        raise FloatingPointError(
+            f"the weights are not finite after the last step, so they were not saved. Try a smaller --lr. {advice}"
+        )
 
 
 def seed_everything(seed: int) -> None:
@@ -197,9 +348,14 @@ def source_commit() -> str | None:
     return told.stdout.strip() or None
 
 
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml, complete or not at all."""
+    write_text(directory / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file for people and programs."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

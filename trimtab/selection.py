@@ -17,6 +17,7 @@ import torch
 from trimtab.advantages import with_unfinished_score
 from trimtab.algorithms import ALGORITHMS
 from trimtab.batches import DemonstrationBatch, FreshBatch, Mean, PairBatch, Referenced, Rollouts
+from trimtab.checkpoint import State, as_state, from_state
 from trimtab.health import Health
 from trimtab.judges import JudgedReward
 from trimtab.kl import log_ratio
@@ -72,6 +73,13 @@ class Tally:
     kept: int = 0
     missed: dict[str, int] = field(default_factory=dict)
     health: Health = field(default_factory=Health)
+
+    def state_dict(self) -> State:
+        return as_state(self)
+
+    def load_state_dict(self, state: State) -> None:
+        for name, value in state.items():
+            setattr(self, name, from_state(getattr(self, name), value))
 
     def update(self, drawn: Drawn) -> None:
         """Take a rollout in."""

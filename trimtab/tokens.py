@@ -11,7 +11,9 @@ Three rules hold for every row made here:
 
 from __future__ import annotations
 
+import hashlib
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -83,6 +85,18 @@ class Encoded:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(row.ids) for row in self.rows)
+
+
+def digest_of_rows(items: Iterable[Encoded]) -> str:
+    """The sha256 of the rows of some items, in order: their ids, and which of them are to be imitated."""
+    found = hashlib.sha256()
+    for item in items:
+        found.update(f"item of {len(item.rows)}".encode())
+        for row in item.rows:
+            found.update(f"row of {len(row.ids)}".encode())
+            found.update(array("q", row.ids).tobytes())
+            found.update(bytes(row.response))
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def dpo(config: Dpo) -> None:
     training.check_moves(config, steps)
     scorer = training.reference_of(policy, config, needed=objective.reads_reference)
     run = training.open_run("dpo", config, policy, facts)
-    items, follow = training.with_reference(items, scorer, policy, config, steps=steps)
+    items, moves = training.with_reference(items, scorer, policy, config, steps=steps)
     del scorer  # where its log-probabilities are stored, another model's memory is free again
     learner = training.make_learner(policy, objective, config.steps, steps)
-    training.train(run, learner, items, config, steps, follow=follow)
+    training.train(run, learner, items, config, steps, moves=moves)

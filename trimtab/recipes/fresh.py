@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab import health
 from trimtab.batches import DemonstrationBatch, PairBatch, Referenced, Rollouts
+from trimtab.checkpoint import State, as_state
 from trimtab.judges import Judge, JudgedReward, asked_of, compared
 from trimtab.objectives import FreshObjective, Objective
 from trimtab.progress import console
@@ -41,8 +42,11 @@ def learn_from_fresh(
     policy, reward, prompts = online.load_parts(config, load)
     run = online.open_run(command, config, policy, prompts)
     reference, tally = policy.reference(), Tally()
+    learner = training.make_learner(policy, FreshObjective(objective), config.steps, config.steps.steps)
+    measure = measure_of(reward)
+    safety = online.resume(run, learner, config, {"tally": tally}, prompts["train"], measure)
     batches = fresh_batches(
-        online.draws(prompts["train"], config),
+        online.draws(prompts["train"], config, start=tally.rollouts),
         online.stages_of(policy, reference, reward, config, sampler),
         pick,
         collect,
@@ -51,10 +55,10 @@ def learn_from_fresh(
         tally=tally,
         watch=watcher(run, tally),
     )
-    learner = training.make_learner(policy, FreshObjective(objective), config.steps, config.steps.steps)
     online.save_memory(run, [policy], prompts["train"], config, item_rows=2)
-    evaluate = online.evaluation(run, measure_of(reward), policy, reference, prompts.get("eval"), config, sampler)
-    training.train_online(run, learner, batches, evaluate, policy, prompts.get("eval", prompts["train"]), config)
+    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
+    shown = prompts.get("eval", prompts["train"])
+    training.train_online(run, learner, batches, evaluate, policy, shown, config, safety=safety)
     tell(tally)
     asked = asked_of(reward.judge) if isinstance(reward, JudgedReward) else None
     if asked is not None:
@@ -78,6 +82,12 @@ class AgainstStart:
 
     judge: Judge
     start: list[Answer] = field(default_factory=list)
+
+    def state_dict(self) -> State:
+        return {"start": [as_state(answer) for answer in self.start]}
+
+    def load_state_dict(self, state: State) -> None:
+        self.start = [Answer(**{**answer, "ids": tuple(answer["ids"])}) for answer in state["start"]]
 
     def __call__(self, samples: Samples) -> list[float | None]:
         self.start = self.start or samples.answers

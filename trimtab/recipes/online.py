@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from trimtab import models
 from trimtab.batches import batch_indices
+from trimtab.checkpoint import Stateful
 from trimtab.critic import values_before
 from trimtab.evals.drift import drift
 from trimtab.evals.intervals import Estimate, bootstrap_mean
+from trimtab.learner import Learner
 from trimtab.models import FrozenPolicy, Policy, ScalarModel
 from trimtab.progress import console
 from trimtab.recipes import training
@@ -21,6 +24,7 @@ from trimtab.records import Prompt
 from trimtab.rewards import Reward, parse_rewards
 from trimtab.rollouts import Account, Scored, Stages, score
 from trimtab.run import Run
+from trimtab.safety import Safety
 from trimtab.sampling import Sampler, Samples
 from trimtab.selection import Drawn
 from trimtab.tokens import encode_prompts
@@ -74,11 +78,11 @@ def check_prompts(prompts: Sequence[Prompt], config: Any) -> None:
         raise ValueError(f"--prompts-per-step {wanted}: --data has {len(prompts)} prompts that can be used.")
 
 
-def draws(prompts: Sequence[Prompt], config: Any) -> Iterator[list[Prompt]]:
-    """The prompts of each rollout: epoch after epoch, each in its own order."""
+def draws(prompts: Sequence[Prompt], config: Any, *, start: int = 0) -> Iterator[list[Prompt]]:
+    """The prompts of each rollout after the first `start`: epoch after epoch, each in its own order."""
     size = config.algorithm.prompts_per_step
     # There are at most as many rollouts as steps.
-    for index in batch_indices(len(prompts), size, seed=config.run.seed, steps=config.steps.steps):
+    for index in batch_indices(len(prompts), size, seed=config.run.seed, steps=config.steps.steps, start=start):
         yield [prompts[i] for i in index]
 
 
@@ -87,7 +91,33 @@ def draws(prompts: Sequence[Prompt], config: Any) -> Iterator[list[Prompt]]:
 
 def open_run(command: str, config: Any, policy: Policy, prompts: Mapping[str, Sequence[Prompt]]) -> Run:
     """The run directory of a command."""
-    return training.open_run(command, config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
+    facts = {part: {"prompts": len(some), "sha256": digest_of(some)} for part, some in prompts.items()}
+    return training.open_run(command, config, policy, facts)
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    """The sha256 of all that the policy and a reward see of some prompts."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        seen = (prompt.messages, prompt.answer, prompt.user, sorted(prompt.columns.items()))
+        found.update(repr(seen).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
+
+
+def resume(
+    run: Run, learner: Learner, config: Any, parts: Mapping[str, Any], prompts: Sequence[Prompt], measure: Measure
+) -> Safety:
+    """Go on where the run was saved, if it was; and how it is to be saved. `parts` hold the `rollouts` of the run."""
+    remembered = {**parts, **({"measure": measure.of} if isinstance(measure.of, Stateful) else {})}
+    (history,) = parts.values()
+    best = config.run.keep_best or (measure.name if config.run.eval_every else None)
+
+    def rows(step: int) -> list[str]:
+        return [prompt.source for prompt in next(draws(prompts, config, start=history.rollouts - 1))]
+
+    safety = replace(training.safety_of(config, learner, remembered, None), keep_best=best, rows=rows)
+    run.restore(safety.parts)
+    return safety
 
 
 def stages_of(
@@ -182,43 +212,28 @@ def reward_measure(reward: Reward) -> Measure:
     return Measure("reward", lambda samples: score(reward, samples).rewards)
 
 
-@dataclass
-class Best:
-    """The best held-out figure after any step so far; it belongs into a checkpoint."""
-
-    value: float = -math.inf
-
-
 def evaluation(
-    run: Run,
     measure: Measure,
     policy: Policy,
     reference: FrozenPolicy,
     prompts: Sequence[Prompt] | None,
     config: Any,
     sampler: Sampler,
-    *,
-    best: Best | None = None,
 ) -> Callable[[int], dict[str, float]] | None:
-    """The measure, exact KL and length on held-out prompts, always by the same uniform numbers; None without prompts.
-
-    With --eval-every, the policy with the best figure so far is kept as checkpoints/best.
-    """
-    best, settings = best or Best(), settings_of(config.sampling)
+    """The measure, exact KL and length on held-out prompts, by the same uniform numbers each time; None without any."""
+    settings = settings_of(config.sampling)
+    if prompts is None:
+        return None
 
     def evaluate(step: int) -> dict[str, float]:
         samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
         figures = measure.mean(samples, config.run.seed)
-        value = figures[measure.name]
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if step and config.run.eval_every and value > best.value:
-            best.value = value
-            run.checkpoint(policy.save, "best")
         return figures
 
-    return evaluate if prompts else None
+    return evaluate
 
 
 def prompt_means(scores: Sequence[float | None], n: int) -> list[float]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.untrusted import read_json_object, read_yaml_mapping
+
 Dtype = Literal["auto", "float32", "bfloat16"]
 Overlong = Literal["error", "drop", "truncate-prompt-left", "truncate-response"]
 
@@ -113,11 +115,27 @@ class RunOptions:
     eval_every: int = 0
     """Evaluate on --eval-data every so many steps; 0: only before and after."""
     save_every: int = 0
-    """Write a checkpoint every so many steps; 0: only the final model."""
+    """Write a checkpoint every so many steps and at the end; 0: only the final model, and when the run is stopped."""
+    save_state: bool = True
+    """Off: checkpoints hold the model alone, a quarter of the size, and only a run that is stopped can be resumed."""
+    keep_last: int = 0
+    """Keep only so many of the newest checkpoints; 0: all. One can go on from the newest two."""
+    keep_best: str | None = None
+    """Keep the model that was best in this figure of the evaluations as checkpoints/best, such as accuracy or loss."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite ends the run, or is skipped and counted, ten times at most."""
     samples: int = 4
     """Prompts that a policy answers before and after training, into samples.jsonl; 0: none."""
+    resume: bool = False
+    """Go on with the run in --out from its newest checkpoint; a directory that does not exist is begun."""
+    resume_from: str | None = None
+    """Go on from this checkpoint of the run instead, such as step-00000100."""
     overwrite: bool = False
     """Replace a run directory that exists."""
+
+
+class AlreadyFinished(Exception):
+    """A run that is to go on has reached its end."""
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -133,15 +151,17 @@ def check_options(config: Any) -> None:
     """Refuse what cannot be done or would have no effect, before anything is read."""
     check_steps(config.steps)
     check_out(config.run)
+    check_unfinished(config)
     check_inputs(config)
     if not -(2**63) <= config.run.seed < 2**63:
         raise ValueError(f"--seed {config.run.seed}: a number of at most 63 bits is needed.")
     if config.run.eval_every and config.data.eval_data is None:
         raise ValueError(f"--eval-every {config.run.eval_every} has no effect without --eval-data.")
     every = {"--eval-every": config.run.eval_every, "--save-every": config.run.save_every}
-    for flag, value in {**every, "--samples": config.run.samples}.items():
+    for flag, value in {**every, "--samples": config.run.samples, "--keep-last": config.run.keep_last}.items():
         if value < 0:
             raise ValueError(f"{flag} {value}: a number of at least 0 is needed.")
+    check_keeping(config)
     if config.data.max_length < 2:
         raise ValueError(f"--max-length {config.data.max_length}: at least 2 tokens are needed.")
     if config.lora.lora_rank < 0 or (config.lora.lora_alpha is not None and not config.lora.lora_rank):
@@ -210,11 +230,49 @@ def check_out(options: RunOptions) -> None:
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"--out {out}: {above} is no folder that can be written to.")
-    if out.is_dir() and any(out.iterdir()):
-        if not options.overwrite:
-            raise FileExistsError(f"--out {out} already holds something; give another directory or add --overwrite.")
-        if not (out / "config.yaml").exists():
-            raise FileExistsError(f"--out {out} is not a run directory (no config.yaml), so it is not overwritten.")
+    if options.overwrite and (options.resume or options.resume_from):
+        raise ValueError("--resume and --overwrite: give one of them.")
+    if out.is_dir() and any(not path.name.endswith(".partial") for path in out.iterdir()):
+        check_run(options)
+    elif options.resume_from:
+        raise FileNotFoundError(f"--resume-from {options.resume_from}: there is no run in --out {out}.")
+
+
+def check_run(options: RunOptions) -> None:
+    """Refuse to touch a run directory unless a flag says what shall become of it."""
+    out = Path(options.out)
+    if not (out / "config.yaml").exists():
+        told = "already holds something that is no run (no config.yaml)"
+        raise FileExistsError(
+            f"--out {out} {told}, so there is nothing to --resume or to --overwrite. Give another directory."
+        )
+    if not (options.overwrite or options.resume or options.resume_from):
+        raise FileExistsError(
+            f"--out {out} already holds a run. Add --resume to go on with it or --overwrite to replace it, or give "
+            "another directory."
+        )
+
+
+def check_unfinished(config: Any) -> None:
+    """AlreadyFinished if a run that is to go on has ended, and no other number of steps is asked for now."""
+    stored, environment = (Path(config.run.out) / name for name in ("config.yaml", "environment.json"))
+    if not config.run.resume or not environment.exists() or not stored.exists():
+        return
+    step = read_json_object(environment).get("finished")
+    then = read_yaml_mapping(stored)
+    asked = {name: getattr(config.steps, name, None) for name in ("steps", "epochs")}
+    if step is not None and all(then.get(name) == value for name, value in asked.items()):
+        raise AlreadyFinished(f"the run in {config.run.out} is finished (step {step}): nothing is left to do.")
+
+
+def check_keeping(config: Any) -> None:
+    """Refuse flags about checkpoints that would have no effect."""
+    run = config.run
+    if not run.save_every and (run.keep_last or not run.save_state):
+        flag = f"--keep-last {run.keep_last}" if run.keep_last else "--no-save-state"
+        raise ValueError(f"{flag} has no effect without --save-every.")
+    if run.keep_best and not run.eval_every:
+        raise ValueError(f"--keep-best {run.keep_best} has no effect without --eval-every.")
 
 
 @dataclass(frozen=True)

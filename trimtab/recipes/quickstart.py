@@ -281,7 +281,7 @@ def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quick
         Dpo(
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
-            run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 2)),
+            run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 2), save_state=False),
             steps=StepOptions(lr=config.lr, batch_size=BATCH_SIZE, steps=steps),
             loss_args=(f"beta={config.beta}",),
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from trimtab.recipes.algorithm import (
     AlgorithmOptions,
@@ -31,9 +31,11 @@ from trimtab.recipes.options import (
 
 if TYPE_CHECKING:
     from trimtab.algorithms import Algorithm
-    from trimtab.batches import DemonstrationBatch, MixedBatch, PolicyBatch
+    from trimtab.batches import MixedBatch, PolicyBatch
+    from trimtab.learner import Learner
     from trimtab.models import Policy, ScalarModel
-    from trimtab.objectives import PolicyObjective
+    from trimtab.objectives import MixedObjective, PolicyObjective
+    from trimtab.recipes.training import Items
     from trimtab.rewards import Reward
     from trimtab.rollouts import Account, History
     from trimtab.run import Run
@@ -78,8 +80,11 @@ def rl(config: Rl) -> None:
     critic = load_critic(policy, reward, config) if algorithm.critic else None
     run = online.open_run("rl", config, policy, prompts)
     reference, size = policy.reference(), config.algorithm.group_size
+    learner = learner_of(policy, critic, shown, algorithm, config)
+    measure = online.reward_measure(reward)
+    safety = online.resume(run, learner, config, {"history": history}, prompts["train"], measure)
     batches = policy_batches(
-        online.draws(prompts["train"], config),
+        online.draws(prompts["train"], config, start=history.rollouts),
         online.stages_of(policy, reference, reward, config, sampler, critic=critic, exact_kl=algorithm.kl == "exact"),
         algorithm,
         history,
@@ -87,15 +92,14 @@ def rl(config: Rl) -> None:
         seed=config.run.seed,
         watch=watcher(run, history),
     )
-    learner, updates = learning(policy, critic, shown, batches, algorithm, config)
+    updates = updates_of(batches, learner, shown, policy.trainable_parameters(), config, start=run.step)
     networks = [policy, critic] if critic else [policy]
     longest_shown = config.data.max_length if shown else 0
     online.save_memory(run, networks, prompts["train"], config, item_rows=size, length=longest_shown)
-    measure = online.reward_measure(reward)
-    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config, sampler)
-    training.train_online(run, learner, updates, evaluate, policy, prompts.get("eval", prompts["train"]), config)
-    if critic:
-        critic.save(run.directory / "critic")
+    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
+    some = prompts.get("eval", prompts["train"])
+    keep = partial(critic.save, run.directory / "critic") if critic else lambda: None
+    training.train_online(run, learner, updates, evaluate, policy, some, config, safety=safety, finish=keep)
 
 
 # ---- What comes in
@@ -121,8 +125,8 @@ def check_demonstrations(options: PtxOptions) -> None:
         raise ValueError("--ptx-data and --ptx-coef belong together: give both, the weight above 0.")
 
 
-def demonstrations(policy: Policy, config: Rl) -> Iterator[DemonstrationBatch] | None:
-    """As many demonstrations a step as it has prompts, if there are any."""
+def demonstrations(policy: Policy, config: Rl) -> Items | None:
+    """The demonstrations of --ptx-data, if there are any."""
     from trimtab.recipes import training
     from trimtab.records import Demonstration
     from trimtab.tokens import demonstration_batch, encode
@@ -131,9 +135,7 @@ def demonstrations(policy: Policy, config: Rl) -> Iterator[DemonstrationBatch] |
         return None
     loaded = {"ptx": training.read(config.ptx.ptx_data, Demonstration, skip_invalid=config.data.skip_invalid)}
     encoder = partial(encode, policy.tokenizer)
-    items, _ = training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)
-    size = config.algorithm.prompts_per_step
-    return items["ptx"].epochs(batch_size=size, seed=config.run.seed, steps=config.steps.steps)
+    return training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)[0]["ptx"]
 
 
 def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
@@ -171,49 +173,58 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
 # ---- What happens to it
 
 
-def learning(
-    policy: Policy,
-    critic: ScalarModel | None,
-    shown: Iterator[DemonstrationBatch] | None,
-    batches: Iterator[PolicyBatch],
-    algorithm: Algorithm,
-    config: Rl,
-) -> tuple[Any, Iterator[PolicyBatch | MixedBatch]]:
-    """The learner, and the batches as it takes them: with demonstrations, and at first for the critic alone."""
+def learner_of(
+    policy: Policy, critic: ScalarModel | None, shown: Items | None, algorithm: Algorithm, config: Rl
+) -> Learner:
+    """The learner of the policy, of a critic beside it, and with demonstrations mixed in, where there are any."""
     from trimtab.critic import PolicyWithCritic
     from trimtab.objectives import MixedObjective
     from trimtab.recipes import training
 
     objective = objective_of(algorithm, max_new_tokens=config.sampling.max_new_tokens)
-    model = PolicyWithCritic(policy, critic) if critic else policy
-    weights, warmup = policy.trainable_parameters(), config.critic.critic_warmup
-    updates = batches if shown is None else with_demonstrations(batches, shown, objective, config)
-    learner = training.make_learner(
-        model,
-        objective if shown is None else MixedObjective(objective),
+    return training.make_learner(
+        PolicyWithCritic(policy, critic) if critic else policy,
+        MixedObjective(objective) if shown else objective,
         config.steps,
         config.steps.steps,
         critic=(critic, config.critic.critic_lr) if critic else None,
     )
-    return learner, critic_first(updates, weights, warmup) if warmup else updates
+
+
+def updates_of(
+    batches: Iterator[PolicyBatch],
+    learner: Learner,
+    shown: Items | None,
+    weights: Sequence[Any],
+    config: Rl,
+    *,
+    start: int,
+) -> Iterator[PolicyBatch | MixedBatch]:
+    """The batches of the steps after `start` as the learner takes them: with demonstrations, first for the critic."""
+    updates, warmup = batches, config.critic.critic_warmup
+    if shown:
+        updates = with_demonstrations(batches, shown, cast("MixedObjective", learner.objective).policy, config, start)
+    return critic_first(updates, weights, warmup, start) if warmup else updates
 
 
 def with_demonstrations(
-    batches: Iterator[PolicyBatch], shown: Iterator[DemonstrationBatch], objective: PolicyObjective, config: Rl
+    batches: Iterator[PolicyBatch], shown: Items, objective: PolicyObjective, config: Rl, start: int
 ) -> Iterator[MixedBatch]:
     """Every batch with demonstrations beside it; with none as long as only the critic learns."""
     import torch
 
     from trimtab.objectives import mixed
 
-    for i, (batch, some) in enumerate(zip(batches, shown, strict=False)):
+    size, seed = config.algorithm.prompts_per_step, config.run.seed
+    beside = shown.epochs(batch_size=size, seed=seed, steps=config.steps.steps, start=start)
+    for i, (batch, some) in enumerate(zip(batches, beside, strict=False), start):
         shown_now = some if i >= config.critic.critic_warmup else some.select(torch.arange(0))
         yield mixed(batch, shown_now, objective, config.ptx.ptx_coef)
 
 
-def critic_first(batches: Iterator[Any], weights: Sequence[Any], updates: int) -> Iterator[Any]:
-    """The batches, with the policy's weights fixed in the first `updates` of them."""
-    for i, batch in enumerate(batches):
+def critic_first(batches: Iterator[Any], weights: Sequence[Any], updates: int, start: int = 0) -> Iterator[Any]:
+    """The batches of the updates after `start`, with the policy's weights fixed in the first `updates` of all."""
+    for i, batch in enumerate(batches, start):
         # Right before the step, for an adapter that was off for the reference comes back able to learn.
         for weight in weights:
             weight.requires_grad_(i >= updates)

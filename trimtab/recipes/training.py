@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from trimtab import data
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
+from trimtab.checkpoint import State, Stateful, Weights, checkpoints_of
 from trimtab.evals.intervals import wilson
 from trimtab.health import sinking
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -23,15 +25,26 @@ from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, OnlineStepOptions, SamplingOptions, StepOptions, flatten
+from trimtab.recipes.options import (
+    DataOptions,
+    OnlineStepOptions,
+    RunOptions,
+    SamplingOptions,
+    StepOptions,
+    flatten,
+)
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
 from trimtab.rewards import RULES
-from trimtab.run import Run, seed_everything, write_json
+from trimtab.run import Run, check_weights, seed_everything, write_json
+from trimtab.safety import Safety
 from trimtab.sampling import Sampler, VllmServer, sample
-from trimtab.tokens import Encoded
+from trimtab.tokens import Encoded, digest_of_rows
+from trimtab.untrusted import read_json_object
+
+SAMPLE_VALUES = 1024
 
 Collate = Callable[[Sequence[Encoded], int], Any]
 
@@ -50,9 +63,9 @@ class Items:
         batch = self.collate([self.encoded[i] for i in index], self.pad_id)
         return self.reference.attach(batch, index) if self.reference else batch
 
-    def epochs(self, *, batch_size: int, seed: int, steps: int) -> Iterator[Any]:
-        """`steps` shuffled batches, drawn lazily; the order is a function of the seed alone."""
-        for index in batch_indices(len(self.encoded), batch_size, seed=seed, steps=steps):
+    def epochs(self, *, batch_size: int, seed: int, steps: int, start: int = 0) -> Iterator[Any]:
+        """The shuffled batches of the steps after `start`, drawn lazily; the order is a function of the seed alone."""
+        for index in batch_indices(len(self.encoded), batch_size, seed=seed, steps=steps, start=start):
             yield self.batch(index)
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
@@ -64,7 +77,8 @@ class Items:
 def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) -> Run:
     """The run directory of a command, with its resolved config and what was read for it."""
     resolved = {"command": command, **flatten(config)}
-    del resolved["overwrite"]  # a permission for one time, not a part of what is repeated
+    for name in ("overwrite", "resume", "resume_from"):  # for one time, not a part of what is repeated
+        del resolved[name]
     for name in {"data", "eval_data", "model", "ref_model", "critic", "ptx_data"} & resolved.keys():
         resolved[name] = absolute(resolved[name])
     if "reward" in resolved:
@@ -72,10 +86,36 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
     kind, _, name = (resolved.get("judge") or "").partition(":")
     if kind in ("reward", "labels"):
         resolved["judge"] = f"{kind}:{absolute(name)}"
-    run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
+    options: RunOptions = config.run
+    facts = {**facts, "start": {"model": config.model.model, "sample_sha256": digest_of_sample(model)}}
+    wanted = options.resume or options.resume_from is not None
+    if wanted and (Path(options.out) / "config.yaml").exists():
+        check_data(Path(options.out), facts)
+        run = Run.reopen(options.out, config=resolved, seed=options.seed, source=options.resume_from)
+    else:
+        run = Run.create(options.out, config=resolved, seed=options.seed, overwrite=options.overwrite)
     write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
     return run
+
+
+def check_data(run: Path, facts: Mapping[str, Any]) -> None:
+    """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
+    path = run / "data.json"
+    if checkpoints_of(run) and path.exists() and json.dumps(read_json_object(path)) != json.dumps(facts):
+        raise ValueError(
+            f"the data or the start model are not those of the run in {run} any more (its data.json tells "
+            "what they were). Put them back as they were, or begin another run."
+        )
+
+
+def digest_of_sample(model: Any) -> str:
+    """The sha256 of the first values of every weight: enough to tell a model from what was trained or changed of it."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        found.update(f"{name}{tuple(weight.shape)}".encode())
+        found.update(weight.detach().flatten()[:SAMPLE_VALUES].cpu().float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def absolute(source: str | None) -> str | None:
@@ -116,6 +156,7 @@ def encode_parts(
         items[part] = Items(encoded, collate, pad_id)
         skipped = [asdict(problem) for problem in records.skipped]
         facts[part] = {"source": records.source, "rows": records.rows, "skipped": skipped, "overlong": asdict(counts)}
+        facts[part]["tokens_sha256"] = digest_of_rows(encoded)
     return items, facts
 
 
@@ -224,21 +265,30 @@ def reference_of(policy: Any, config: Any, *, needed: bool) -> Any:
     return policy.reference()
 
 
+@dataclass(frozen=True)
+class Moves:
+    """What happens beside the steps: `follow` passes batches on from step `start`, `parts` are what it remembers."""
+
+    follow: Callable[[Iterator[Any], int], Iterator[Any]] = lambda batches, start: batches
+    parts: Mapping[str, Stateful] = field(default_factory=dict)
+
+
 def with_reference(
     items: Mapping[str, Items], scorer: Any, policy: Any, config: Any, *, steps: int
-) -> tuple[dict[str, Items], Callable[[Iterator[Any]], Iterator[Any]]]:
+) -> tuple[dict[str, Items], Moves]:
     """Items whose batches carry the reference's log-probabilities, and what keeps a moving reference moving."""
     if scorer is None:
-        return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
+        return {part: replace(some, reference=NoReference()) for part, some in items.items()}, Moves()
     if config.reference == "stored":
-        return with_stored(items, scorer, config, steps=steps), lambda batches: batches
+        return with_stored(items, scorer, config, steps=steps), Moves()
     live = LiveReference(scorer, config.steps.micro_batch_rows)
     items = {part: replace(some, reference=live) for part, some in items.items()}
     if config.reference == "live":
-        return items, lambda batches: batches
+        return items, Moves()
     arguments = check_arguments(moving, parse_arguments(config.reference_args))
     update = partial(blend, scorer.model, policy.model)
-    return items, lambda batches: moving(batches, update, **arguments)
+    follow = lambda batches, start: moving(batches, update, start=start, **arguments)  # noqa: E731
+    return items, Moves(follow, {"reference": Weights(scorer.model)})
 
 
 def with_stored(items: Mapping[str, Items], scorer: Any, config: Any, *, steps: int) -> dict[str, Items]:
@@ -278,32 +328,68 @@ def train(
     items: Mapping[str, Items],
     config: Any,
     steps: int,
-    follow: Callable[[Iterator[Any]], Iterator[Any]] = lambda batches: batches,
+    moves: Moves | None = None,
     finish: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
     options: StepOptions = config.steps
+    moves = moves or Moves()
     sequences, length = largest_shape(learner.model, items["train"], options)
     save_memory(run, [learner.model], options.optimizer.gradient_checkpointing, sequences, length)
-    batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
+    evaluate = HeldOut(learner, items["eval"], options.batch_size) if "eval" in items else None
+    safety = safety_of(config, learner, moves.parts, evaluate, items["train"])
+    run.restore(safety.parts)
+    size, seed = options.batch_size, config.run.seed
+    batches = items["train"].epochs(batch_size=size, seed=seed, steps=steps, start=run.step)
     prompts = prompts_of(items.get("eval", items["train"]))
-    write_samples(run, learner.model, prompts, config, step=0)
+    if not run.step:
+        write_samples(run, learner.model, prompts, config, step=0)
     evaluation = run.train(
         learner,
-        follow(batches),
+        moves.follow(batches, run.step),
         steps=steps,
-        evaluate=held_out(learner, items.get("eval"), options.batch_size),
+        evaluate=evaluate,
         eval_every=config.run.eval_every,
-        save=learner.model.save,
-        save_every=config.run.save_every,
+        safety=safety,
     )
-    check_weights(learner, run)
+    check_weights(learner, f"The figures are in {run.directory}.")
     finish()
-    write_samples(run, learner.model, prompts, config, step=steps)
+    finished(run, learner, learner.model, prompts, config)
+    return evaluation
+
+
+def safety_of(
+    config: Any, learner: Learner, parts: Mapping[str, Stateful], evaluate: Stateful | None, items: Items | None = None
+) -> Safety:
+    """What the options say about checkpoints, for a learner and all else that a later step depends on."""
+    options: RunOptions = config.run
+    return Safety(
+        save=learner.model.save,
+        parts={"learner": learner, **parts, **({"held_out": evaluate} if evaluate else {})},
+        every=options.save_every,
+        save_state=options.save_state,
+        keep_last=options.keep_last,
+        keep_best=options.keep_best,
+        on_nonfinite=options.on_nonfinite,
+        rows=partial(rows_of_step, items, config) if items else lambda step: (),
+    )
+
+
+def rows_of_step(items: Items, config: Any, step: int) -> list[str]:
+    """Where the rows of a step's batch stand, such as train.jsonl:17."""
+    size, seed = config.steps.batch_size, config.run.seed
+    index = next(batch_indices(len(items.encoded), size, seed=seed, steps=step, start=step - 1))
+    records = [items.encoded[i].record for i in index]
+    return [(record if isinstance(record, Prompt) else record.prompt).source for record in records]
+
+
+def finished(run: Run, learner: Learner, policy: Any, prompts: Sequence[Prompt], config: Any) -> None:
+    """The last samples, the final model and the report; the run says that it is finished."""
+    write_samples(run, policy, prompts, config, step=run.step)
     learner.model.save(run.directory / "model")
     write_report([run.directory], run.directory / "report.html")
+    run.note(finished=run.step)
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
-    return evaluation
 
 
 def train_online(
@@ -314,25 +400,26 @@ def train_online(
     policy: Policy,
     prompts: Sequence[Prompt],
     config: Any,
+    *,
+    safety: Safety,
+    finish: Callable[[], None] = lambda: None,
 ) -> None:
     """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
-    write_samples(run, policy, prompts, config, step=0)
+    if not run.step:
+        write_samples(run, policy, prompts, config, step=0)
     run.train(
         learner,
         batches,
         steps=config.steps.steps,
         evaluate=evaluate,
         eval_every=config.run.eval_every,
-        save=learner.model.save,
-        save_every=config.run.save_every,
+        safety=safety,
     )
-    check_weights(learner, run)
+    check_weights(learner, f"The figures are in {run.directory}.")
+    finish()
     if run.step < config.steps.steps:
         console.print(f"ended after {run.step} of {config.steps.steps} steps")
-    write_samples(run, policy, prompts, config, step=run.step)
-    learner.model.save(run.directory / "model")
-    write_report([run.directory], run.directory / "report.html")
-    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+    finished(run, learner, policy, prompts, config)
 
 
 def save_memory(run: Run, models: Sequence[Any], requested: str, rows: int, length: int) -> None:
@@ -391,15 +478,6 @@ def normalize(model: Any, items: Items, options: StepOptions) -> None:
         model.scale_by(1 / spread)
 
 
-def check_weights(learner: Learner, run: Run) -> None:
-    """Refuse to save what the last step broke; earlier ones were found by the step after them."""
-    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
-        raise FloatingPointError(
-            "the weights are not finite after the last step, so no model was saved. Try a smaller --lr. "
-            f"The figures are in {run.directory}."
-        )
-
-
 def total_steps(options: StepOptions, items: int) -> int:
     """`--steps`, or as many as `--epochs` needs."""
     return options.steps or math.ceil(len(batch_starts(items, options.batch_size)) * (options.epochs or 1))
@@ -424,29 +502,41 @@ def make_learner(
     return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, how.max_grad_norm)
 
 
-def held_out(learner: Learner, items: Items | None, batch_size: int) -> Callable[[int], dict[str, float]] | None:
+@dataclass
+class HeldOut:
     """Evaluation of loss and metrics on held-out items, accuracy with its 95 % Wilson interval.
 
     Says once if chosen and rejected answers have both become less likely since the first evaluation.
     """
-    if items is None:
-        return None
-    first: dict[str, float] = {}
-    told: list[str] = []
 
-    def evaluate(step: int) -> dict[str, float]:
-        loss, metrics = learner.evaluate(list(items.in_order(batch_size)))
+    learner: Learner
+    items: Items
+    batch_size: int
+    first: dict[str, float] = field(default_factory=dict)
+    told: bool = False
+
+    def __call__(self, step: int) -> dict[str, float]:
+        figures = self.figures()
+        console.print(f"held out, step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        self.first = self.first or figures
+        warning = sinking(self.first, figures)
+        if warning and not self.told:
+            self.told = True
+            console.print(f"[yellow]{warning}[/yellow]")
+        return figures
+
+    def figures(self) -> dict[str, float]:
+        """Loss and metrics of all items."""
+        loss, metrics = self.learner.evaluate(list(self.items.in_order(self.batch_size)))
         figures = {"loss": loss.item(), **{name: mean.item() for name, mean in metrics.items()}}
         if "accuracy" in metrics:
             right, count = metrics["accuracy"].total, metrics["accuracy"].count
             interval = wilson(round(float(right)), round(float(count)))
             figures |= {"accuracy_low": interval.low, "accuracy_high": interval.high, "pairs": float(count)}
-        console.print(f"held out, step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-        warning = sinking(first or figures, figures)
-        first.update({} if first else figures)
-        if warning and not told:
-            told.append(warning)
-            console.print(f"[yellow]{warning}[/yellow]")
         return figures
 
-    return evaluate
+    def state_dict(self) -> State:
+        return {"first": self.first, "told": self.told}
+
+    def load_state_dict(self, state: State) -> None:
+        self.first, self.told = dict(state["first"]), state["told"]
