@@ -111,11 +111,11 @@ def steps(learner: Learner, batches: Iterator[PolicyBatch]) -> tuple[list[float]
 
 def stages_of(policy: Policy, reference: FrozenPolicy, rows: Sequence[dict[str, Any]], config: Rl) -> Stages:
     """What a rollout passes through, as `trimtab rl` has it but for answers that do not end."""
-    settings = {"max_new_tokens": config.sampling.max_new_tokens, "batch_rows": config.sampling.batch_rows}
+    tokens, batch_rows = config.sampling.max_new_tokens, config.sampling.batch_rows
 
     def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
-        drawn = sample(policy, prompts, n, step=step, stop_ids=(), **settings)
-        assert bool((drawn.tokens.response_lengths == config.sampling.max_new_tokens).all())
+        drawn = sample(policy, prompts, n, step=step, stop_ids=(), max_new_tokens=tokens, batch_rows=batch_rows)
+        assert bool((drawn.tokens.response_lengths == tokens).all())
         return drawn if step else exchanged(policy, drawn, [ids for row in rows for ids in row["answers"]], config)
 
     return Stages(

@@ -162,7 +162,7 @@ def run(job: Job) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         rows = Dataset.from_list(job.read_rows())
         trainer = KINDS[job.kind](job, folder, train_dataset=rows, processing_class=tokenizer, callbacks=[watch])
-        rollouts = Rollouts(trainer, job, rows) if job.answers else None
+        rollouts = Rollouts(trainer, job, job.read_rows()) if job.answers else None
         losses = noted(trainer, "training_step")
         norms = noted(trainer.accelerator, "clip_grad_norm_")
         trainer.train()
