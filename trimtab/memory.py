@@ -57,6 +57,8 @@ def choose_checkpointing(requested: str, model: Policy | ScalarModel, rows: int,
         return Checkpointing(requested == "on", f"{requested}, as asked")
     if not known:
         return Checkpointing(False, f"off: the layers of {name} are not known here")
+    if model.blank is not None and model.device.type != "cpu":
+        return Checkpointing(True, "on: weights are split over the ranks, so memory is dear")
     if model.device.type == "cpu":
         return Checkpointing(False, "off: on a CPU it takes more time than memory is worth")
     return weigh(activation_bytes(model, rows, length), free_bytes(model), rows * length)

@@ -35,7 +35,7 @@ import numpy
 import torch
 import yaml
 
-from trimtab import __version__
+from trimtab import __version__, parallel
 from trimtab.learner import Learner
 from trimtab.progress import progress_bar
 
@@ -58,27 +58,34 @@ class Run:
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
         """Make the directory, write down what is needed to repeat the run, and seed every generator.
 
+        Of several ranks the first one writes, here and everywhere; the others have the same object and no directory.
         Raises FileExistsError if the directory holds anything and `overwrite` is off.
         """
         path = Path(directory)
+        seed_everything(seed)
+        if not parallel.is_first():
+            return cls(path, seed)
         if path.is_dir() and any(path.iterdir()):
             if not overwrite or not (path / "config.yaml").exists():
                 raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
-        seed_everything(seed)
         (path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
         write_json(path / "environment.json", environment(seed))
         return cls(path, seed)
 
     def note(self, **facts: str) -> None:
         """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
+        if not parallel.is_first():
+            return
         path = self.directory / "environment.json"
         known = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one object to a .jsonl file of the run."""
+        if not parallel.is_first():
+            return
         # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
         with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
@@ -136,6 +143,9 @@ class Run:
     def checkpoint(self, save: Callable[[Path], None], name: str) -> None:
         """A checkpoint, in the place of an earlier one of that name; written aside, so that it is always whole."""
         final = self.directory / "checkpoints" / name
+        if not parallel.is_first():
+            save(final)  # it takes all ranks to put split weights together, and the first one to write them
+            return
         aside, retired = (final.with_name(final.name + suffix) for suffix in (".partial", ".old"))
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -169,6 +179,7 @@ def environment(seed: int) -> dict[str, Any]:
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "ranks": parallel.ranks(),
         "seed": seed,
         "not_deterministic": ["some CUDA kernels have no deterministic form"] if cuda else [],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

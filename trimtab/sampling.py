@@ -27,6 +27,7 @@ from trimtab import records
 from trimtab.batches import PerToken, Tokens, move
 from trimtab.decoders import Decoder, Start, decoders
 from trimtab.draws import Choice, Drawn, draw, row_key, uniforms
+from trimtab.parallel import over_ranks
 from trimtab.progress import progress_bar
 from trimtab.records import Prompt
 from trimtab.tokens import Row, decode, encode_prompts, pad
@@ -113,14 +114,20 @@ def sample(  # noqa: PLR0913 (what one may set about sampling, each by its name)
     ending = Ending.of(policy, stop, stop_ids)
     answers = blank_answers(policy, prompts, n, seed, step)
     # Prompts of similar length together: little padding. Answers of one prompt stay neighbours (the sort is stable).
-    by_length = sorted(answers, key=lambda answer: len(answer.prompt))
     bar = progress_bar("sample", len(answers)) if progress else nullcontext(lambda count: None)
-    with torch.no_grad(), decoders(policy) as start, bar as advance:
-        for first in range(0, len(by_length), batch_rows):
-            batch = Decoding.start(policy, start, by_length[first : first + batch_rows], choice)
-            write(batch, choice, max_new_tokens, ending)
-            advance(len(batch.all_answers))
-    return collect(policy, prompts, n, answers, ending)
+    with policy.whole() as here, bar as advance:
+
+        def written(own: Sequence[list[Answer]]) -> list[list[Answer]]:
+            by_length = sorted((answer for group in own for answer in group), key=lambda answer: len(answer.prompt))
+            with torch.no_grad(), decoders(here) as start:
+                for first in range(0, len(by_length), batch_rows):
+                    batch = Decoding.start(here, start, by_length[first : first + batch_rows], choice)
+                    write(batch, choice, max_new_tokens, ending)
+                    advance(len(batch.all_answers))
+            return list(own)
+
+        groups = over_ranks(written, [answers[i : i + n] for i in range(0, len(answers), n)])
+    return collect(policy, prompts, n, [answer for group in groups for answer in group], ending)
 
 
 def check(prompts: Sequence[Prompt], *, n: int, max_new_tokens: int, batch_rows: int, step: int) -> None:

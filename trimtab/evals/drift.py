@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from trimtab.batches import PerToken
 from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
+from trimtab.parallel import in_chunks
 from trimtab.sampling import Samples
 
 if TYPE_CHECKING:
@@ -60,16 +61,10 @@ def drift(
     )
 
 
-@torch.no_grad()
 def kl_per_token(policy: Policy, reference: Policy | FrozenPolicy, samples: Samples, batch_rows: int = 16) -> PerToken:
     """The exact KL(policy || reference) of every next-token distribution, nats, zero outside the answers."""
-    tokens = samples.tokens
-    found = torch.zeros(tokens.ids.shape)
-    by_length = tokens.attention_mask.sum(-1).argsort(stable=True)
-    for rows in by_length.split(batch_rows):
-        kl = policy.kl(tokens.select(rows), reference)
-        found[rows, tokens.used_columns(rows)] = kl.float().cpu()
-    return found
+    by_length = samples.tokens.attention_mask.sum(-1).argsort(stable=True)
+    return in_chunks(partial(policy.kl, reference=reference), samples.tokens, batch_rows, order=by_length)
 
 
 def per_prompt(values: Tensor, n: int) -> list[float]:

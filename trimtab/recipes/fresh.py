@@ -87,6 +87,7 @@ def learn_from_fresh(
     check_prompts(prompts["train"], config)
     run = training.open_run(command, config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
+    training.split_weights(run, config, policy, reference)
     stages = stages_of(policy, reference, reward, None, ONE_UPDATE, config)
     counts: Counter[str] = Counter()
     batches = fresh_batches(

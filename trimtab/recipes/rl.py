@@ -87,6 +87,7 @@ def rl(config: Rl) -> None:
     critic = load_critic(policy, reward, config) if algorithm.critic else None
     run = training.open_run("rl", config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
     reference = policy.reference()
+    training.split_weights(run, config, policy, reference, *([critic] if critic else []))
     stages = stages_of(policy, reference, reward, critic, algorithm, config)
     watch = watcher(run, history)
     batches = policy_batches(

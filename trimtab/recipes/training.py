@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trimtab import data
+from trimtab import data, parallel
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
 from trimtab.evals.intervals import wilson
@@ -71,8 +71,10 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved["reward"] = [name if name in RULES else absolute(name) for name in resolved["reward"]]
     if (resolved.get("judge") or "").startswith("reward:"):
         resolved["judge"] = f"reward:{absolute(resolved['judge'].removeprefix('reward:'))}"
+    parallel.meet()  # until every rank has seen that there is no such directory yet
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
-    write_json(run.directory / "data.json", facts)
+    if parallel.is_first():
+        write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
     return run
 
@@ -221,6 +223,8 @@ def with_reference(
         return {part: replace(some, reference=NoReference()) for part, some in items.items()}, lambda batches: batches
     if config.reference == "stored":
         return with_stored(items, scorer, config, steps=steps), lambda batches: batches
+    if parallel.ranks() > 1 and config.run.shard != "none":
+        scorer.split_weights()
     live = LiveReference(scorer, config.steps.micro_batch_rows)
     items = {part: replace(some, reference=live) for part, some in items.items()}
     if config.reference == "live":
@@ -289,9 +293,7 @@ def train(
     check_weights(learner, run)
     finish()
     write_samples(run, learner.model, prompts, config, step=steps)
-    learner.model.save(run.directory / "model")
-    write_report([run.directory], run.directory / "report.html")
-    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+    write_model_and_report(run, learner.model)
     return evaluation
 
 
@@ -319,9 +321,7 @@ def train_online(
     if run.step < config.steps.steps:
         console.print(f"ended after {run.step} of {config.steps.steps} steps")
     write_samples(run, policy, prompts, config, step=run.step)
-    learner.model.save(run.directory / "model")
-    write_report([run.directory], run.directory / "report.html")
-    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+    write_model_and_report(run, learner.model)
 
 
 def save_memory(run: Run, models: Sequence[Any], requested: str, rows: int, length: int) -> None:
@@ -356,6 +356,14 @@ def prompts_of(items: Items) -> list[Prompt]:
     return list(dict.fromkeys(record if isinstance(record, Prompt) else record.prompt for record in records))
 
 
+def write_model_and_report(run: Run, model: Any) -> None:
+    """The end of a run: the final model, the report, and where they are."""
+    model.save(run.directory / "model")
+    if parallel.is_first():
+        write_report([run.directory], run.directory / "report.html")
+    console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
+
+
 def write_samples(run: Run, model: Any, prompts: Sequence[Prompt], config: Any, *, step: int) -> None:
     """What the policy says to the first held-out prompts (or training prompts), for people to read."""
     if not isinstance(model, Policy) or not config.run.samples:
@@ -380,9 +388,23 @@ def normalize(model: Any, items: Items, options: StepOptions) -> None:
         model.scale_by(1 / spread)
 
 
+def split_weights(run: Run, config: Any, *models: Any) -> None:
+    """Split the weights of models over the ranks, unless --shard none; before anything holds on to them."""
+    if parallel.ranks() == 1:
+        return
+    told = "a copy on each"
+    if config.run.shard != "none":
+        told = "weights split over them (FSDP2)"
+        for model in models:
+            model.split_weights()
+    console.print(f"{parallel.ranks()} ranks: {told}")
+    run.note(shard=told)
+
+
 def check_weights(learner: Learner, run: Run) -> None:
     """Refuse to save what the last step broke; earlier ones were found by the step after them."""
-    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+    finite = all(bool(parallel.here(parameter).isfinite().all()) for parameter in learner.parameters)
+    if not all(parallel.gather(finite)):
         raise FloatingPointError(
             "the weights are not finite after the last step, so no model was saved. Try a smaller --lr. "
             f"The figures are in {run.directory}."
