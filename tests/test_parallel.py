@@ -99,7 +99,7 @@ def on_ranks(cases: list[tuple[str, list[str]]], count: int = 2) -> None:
     """Run commands under torchrun."""
     Path("cases.json").write_text(json.dumps(cases))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [sys.executable, "-m", *launcher, str(ROOT / "tests" / "on_ranks.py"), "cases.json"]
+    command = [sys.executable, "-m", *launcher, "-m", "tests.on_ranks", "cases.json"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert told.returncode == 0, told.stderr[-6000:]
 
