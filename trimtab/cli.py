@@ -134,7 +134,13 @@ def run_recipe(function: Callable[[Any], object], config: Any, *, together: bool
         function(config)
         return
     from trimtab import parallel
+    from trimtab.builtin import BUILTIN_MODELS, builtin_model
+    from trimtab.recipes.options import flatten
 
+    # Once processes have joined, transformers writes models on the first rank only, whoever asks it to.
+    for name in BUILTIN_MODELS:
+        if any(name in str(value) for value in flatten(config).values()):
+            builtin_model(name)
     parallel.start()
     with parallel.Leaving(USERS_ERRORS, USAGE_ERROR):
         function(config)
