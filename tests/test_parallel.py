@@ -229,5 +229,5 @@ def test_every_item_counts_once_and_ranks_run_equally_often(
 
 def test_one_rank_has_everything_in_pieces() -> None:
     assert [items.tolist() for items, _ in parallel.own_pieces([2, 2, 2], 4)] == [[0, 1], [2]]
-    assert list(pieces([2, 2, 2], 4)) == [range(0, 2), range(2, 3)] and list(pieces([], 4)) == []
+    assert list(pieces([2, 2, 2], 4)) == [range(2), range(2, 3)] and list(pieces([], 4)) == []
     assert parallel.gather(3) == [3] and parallel.over_ranks(list, [1, 2]) == [1, 2]

@@ -60,6 +60,7 @@ COMMANDS = {
     ),
     "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
+    "plan": Command("plan", "Plan", "plan", "what training a model takes on some devices, and what fits"),
     "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),
 }
 

@@ -145,7 +145,6 @@ class Learner:
                 start[k] += len(output)
             yield surrogate, figures if i == 0 else None
 
-
     def _everyones(self, outputs: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Any]:
         """The outputs of all ranks' micro-batches, one of each rank, without their graph."""
         counted = [given for given, (_, counts) in zip(outputs, micro_batches, strict=True) if counts]

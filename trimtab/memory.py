@@ -78,11 +78,15 @@ def activation_bytes(model: Policy | ScalarModel, rows: int, length: int) -> int
     adapter: families differ by a factor of three. Attention's masks are added, in the type of the scores and one for
     each layer, as sdpa keeps them; kernels that need none keep less.
     """
-    short, long = PROBE_TOKENS
     low, high = (_body_bytes(model, tokens) for tokens in PROBE_TOKENS)
-    per_token = (high - low) / (long - short)
     masks = len(layers_of(model.model)) * rows * length**2 * (2 if model.arithmetic.autocast else 4)
-    return round(low + per_token * (rows * length - short)) + masks + _head_bytes(model, rows * length)
+    return round(on_a_line((low, high), rows * length)) + masks + _head_bytes(model, rows * length)
+
+
+def on_a_line(measured: tuple[int, int], tokens: int) -> float:
+    """What `tokens` tokens keep, from what rows of `PROBE_TOKENS` keep."""
+    (short, long), (low, high) = PROBE_TOKENS, measured
+    return low + (high - low) / (long - short) * (tokens - short)
 
 
 @torch.enable_grad()
@@ -102,11 +106,12 @@ def _head_bytes(model: Policy | ScalarModel, tokens: int) -> int:
 
 def saved_bytes(run: Callable[[], object], weights: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps of what `run` computes: each storage once, weights not counted."""
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    # Not the address of its memory, which a fake tensor has none of.
+    own = {weight.untyped_storage()._cdata for weight in weights}
     kept: dict[int, Tensor] = {}
 
     def keep(values: Tensor) -> Tensor:
-        address = values.untyped_storage().data_ptr()
+        address = values.untyped_storage()._cdata
         if address not in own:
             kept[address] = values  # held until the end, so that no address is given out twice
         return values

@@ -78,8 +78,9 @@ def store(
     """
     order = list(range(len(items)) if wanted is None else dict.fromkeys(wanted))
     windows = [order[start : start + WINDOW_ITEMS] for start in range(0, len(order), WINDOW_ITEMS)]
-    recalled = partial(recall, cache, scorer, items, windows, pad_id=pad_id, max_rows=max_rows)
-    found = first_tells(recalled) if cache else {}
+    found: dict[int, Rows] = {}
+    if cache:
+        found = first_tells(partial(recall, cache, scorer, items, windows, pad_id=pad_id, max_rows=max_rows))
     missing = [window for window in windows if window[0] not in found]
     with progress_bar("reference log-probabilities", sum(map(len, missing))) as advance:
         for window in missing:
