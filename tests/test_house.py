@@ -21,7 +21,7 @@ LAYERS = (
     {
         *("data", "tokens", "builtin", "weights", "attention", "bodies", "projection", "models", "sampling", "rewards"),
         *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
-        *("objectives", "learner", "checkpoint", "parallel", "run"),
+        *("objectives", "learner", "checkpoint", "parallel", "plan", "run"),
         *("draws", "decoders", "llama", "key_values", "packing"),
     },
     {"evals", "overoptimization", "report", "label"},

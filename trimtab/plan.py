@@ -211,7 +211,7 @@ def size_of(config: PreTrainedConfig, *, bf16: bool, lora_rank: int = 0, remote_
 
 
 def kept_bytes(network: PreTrainedModel, length: int, *, bf16: bool) -> int:
-    """What the body keeps of one row of `length` tokens. A mask that nobody needs is taken off: `activations` adds it."""
+    """What the body keeps of one row of `length` tokens under masks, these left out: `activations` adds them."""
     run = partial(network.base_model, input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         kept = saved_bytes(run, network.parameters())
