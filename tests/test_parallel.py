@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.on_ranks import run
 from trimtab import parallel
 from trimtab.batches import pieces
+from trimtab.builtin import builtin_model
 from trimtab.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,7 @@ LONGER: dict[str, tuple[str, list[str]]] = {
     "critic first": ("ppo", [*ONLINE, "--critic-warmup", "1"]),
     "fewer prompts than ranks": ("rloo", [*ONLINE, "--prompts-per-step", "1"]),
 }
+WHOLE_ONLY = {"demonstrations beside": ("rloo", [*ONLINE, "--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"])}
 NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second"}
 
 
@@ -97,10 +99,11 @@ def surroundings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monke
 
 def on_ranks(cases: list[tuple[str, list[str]]], count: int = 2) -> None:
     """Run commands under torchrun."""
+    builtin_model("tiny")  # before processes join, as the command line does
     Path("cases.json").write_text(json.dumps(cases))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, "-m", *launcher, "-m", "tests.on_ranks", "cases.json"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert told.returncode == 0, told.stderr[-6000:]
 
 
@@ -128,29 +131,31 @@ def compare(one: Path, many: Path) -> None:
         assert torch.allclose(weights[name], others[name], rtol=0, atol=1e-5), (many, name)
 
 
-def check_cases(cases: dict[str, tuple[str, list[str]]], *shard: str) -> None:
-    flags = {name: [*COMMON, *given] for name, (_, given) in cases.items()}
-    for name, (command, _) in cases.items():
-        run(command, [*flags[name], "--out", f"one/{name}"])
-    on_ranks([(cases[name][0], [*flags[name], "--out", f"two/{name}", *shard]) for name in cases])
-    for name in cases:
-        compare(Path("one", name), Path("two", name))
+def check_cases(split: dict[str, tuple[str, list[str]]], whole: dict[str, tuple[str, list[str]]]) -> None:
+    """Run cases on one rank, and with split or whole weights on two."""
+    jobs: list[tuple[str, list[str]]] = []
+    for shard, cases in {"full": split, "none": whole}.items():
+        jobs += [
+            (command, [*COMMON, *given, "--shard", shard, "--out", f"{shard}/{name}"])
+            for name, (command, given) in cases.items()
+        ]
+    on_ranks(jobs)
+    for name, (command, given) in {**split, **whole}.items():
+        run(command, [*COMMON, *given, "--out", f"one/{name}"])
+    for shard, cases in {"full": split, "none": whole}.items():
+        for name in cases:
+            compare(Path("one", name), Path(shard, name))
 
 
-def test_two_ranks_with_split_weights_give_what_one_gives() -> None:
-    check_cases(CASES)
-    environment = json.loads(Path("two/dpo/environment.json").read_text())
-    assert environment["ranks"] == 2 and "split" in environment["shard"]
-
-
-def test_two_ranks_with_whole_weights_give_what_one_gives() -> None:
-    check_cases({name: CASES[name] for name in ("dpo", "kto", "ppo")}, "--shard", "none")
+def test_two_ranks_give_what_one_gives() -> None:
+    check_cases(CASES, {name: CASES[name] for name in ("kto", "ppo")})
+    told = [json.loads(Path(shard, "ppo", "environment.json").read_text()) for shard in ("full", "none")]
+    assert [one["ranks"] for one in told] == [2, 2] and "split" in told[0]["shard"] and "copy" in told[1]["shard"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", ["full", "none"])
-def test_every_combination(shard: str) -> None:
-    check_cases({**CASES, **LONGER}, "--shard", shard)
+def test_every_combination() -> None:
+    check_cases(LONGER, {**CASES, **LONGER, **WHOLE_ONLY})
 
 
 @pytest.mark.slow

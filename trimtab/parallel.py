@@ -98,7 +98,7 @@ def finish() -> None:
     if not dist.is_initialized():
         return
     gc.collect()
-    dist.barrier()
+    meet()
     mesh_of.cache_clear()
     dist.destroy_process_group()
 
@@ -133,8 +133,7 @@ class Leaving:
 
 def meet() -> None:
     """Wait until every rank is here."""
-    if ranks() > 1:
-        dist.barrier()
+    gather(None)
 
 
 # ---- Work that is not a model's
@@ -340,9 +339,10 @@ def free_bytes(device: torch.device) -> float:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run a command in `count` processes of this machine, as torchrun does; the exit status."""
+    """Run a command in `count` processes of this machine, as torchrun does; the exit status, 130 after Ctrl-C."""
     import logging
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -363,4 +363,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 1
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
