@@ -49,7 +49,13 @@ def test_splitting_divides_what_rests_and_nothing_else() -> None:
         assert split[name] == whole[name] / 4
     assert split["activations"] == whole["activations"] and split["logits"] == whole["logits"]
     assert split["together"] == 4 * 2 * (2 * 200 + 200) and whole["together"] == 0
-    assert split["sampling"] == whole["sampling"] + 4000
+    assert split["sampling"] == whole["sampling"] + 4000 and split["start"] == whole["start"] == 4 * 3 * 1000
+
+
+def test_whole_models_are_read_before_they_are_split() -> None:
+    size = replace(SIZE, weights=10**9, trained=10**9)  # beside which rows, logits and one layer are nothing
+    told = memory(size, KINDS["dpo, kto (live reference)"], replace(WORK, devices=16, split=True))
+    assert told["peak"] == told["start"] == 8 * 10**9
 
 
 def test_an_adapter_needs_no_copy_and_little_else() -> None:

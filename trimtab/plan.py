@@ -2,7 +2,8 @@
 
 A model of any size is built without memory (torch's fake tensors), and what a pass of it keeps is counted on two short
 rows, as in `memory.py`. The rest is arithmetic: weights, gradients and AdamW's two means are float32 numbers, split
-over the devices or not. Memory is a peak: what rests, and on top of it the larger of training and sampling.
+over the devices or not. Memory is a peak: what rests, and on top of it the larger of training and sampling; or the
+start, when every device reads whole models.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ def memory(size: Size, kind: Kind, work: Work) -> dict[str, float]:
     networks = 2 if kind.critic else 1
     has_copy = kind.reference and size.trained == size.weights  # without its adapter, a policy is its reference
     told = {
+        "start": FLOAT * (size.weights * (networks + has_copy) + work.reward),  # models are read before they are split
         "weights": networks * FLOAT * size.weights / parts,
         "frozen": FLOAT * (size.weights * has_copy / parts + work.reward),
         "optimizer": networks * 2 * FLOAT * size.trained / parts,
@@ -115,7 +117,7 @@ def memory(size: Size, kind: Kind, work: Work) -> dict[str, float]:
     }
     resting = told["weights"] + told["frozen"] + told["optimizer"] + told["gradients"]
     training = told["activations"] + told["logits"] + told["together"]
-    return {**told, "peak": resting + max(training, told["sampling"])}
+    return {**told, "peak": max(told["start"], resting + max(training, told["sampling"]))}
 
 
 def activations(size: Size, work: Work) -> float:

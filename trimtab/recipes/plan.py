@@ -84,7 +84,10 @@ def check(config: Plan) -> None:
         raise ValueError(f"--lora-rank {config.lora_rank}: a rank above 0, or 0 to train all weights.")
 
 
-COLUMNS = ("weights", "frozen", "optimizer", "gradients", "activations", "logits", "together", "sampling", "peak")
+COLUMNS = (
+    *("start", "weights", "frozen", "optimizer", "gradients"),
+    *("activations", "logits", "together", "sampling", "peak"),
+)
 
 
 def show(found: list[Row]) -> None:
