@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -182,6 +183,23 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_its_message() -> None:
     said = [line for line in told.stderr.splitlines() if line.startswith("trimtab: ")]
     assert len(said) == 1 and "rank " in said[0] and "the tenth is too much" in said[0], told.stderr
     assert "Traceback" not in told.stderr and not Path("run", "model").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    flags = [*COMMON, *CASES["dpo"][1], "--steps", "100000", "--out", "run", "--nproc", "2"]
+    with Path("told").open("w") as told:
+        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "dpo", *flags], stderr=told)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.1)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert launcher.wait(60) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
+    finally:
+        launcher.kill()
+    assert Path("told").read_text().splitlines()[-1].startswith("trimtab: rank ")
 
 
 def test_what_several_processes_cannot_do_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,10 +122,12 @@ class Leaving:
             return
         store = dist.distributed_c10d._get_default_store()  # the only one that all ranks know
         if store.add("failed", 1) == 1:
-            if os.environ.get("TRIMTAB_DEBUG") or not isinstance(error, (*self.users, OtherRankFailed)):
+            told = (*self.users, OtherRankFailed, KeyboardInterrupt)
+            if os.environ.get("TRIMTAB_DEBUG") or not isinstance(error, told):
                 traceback.print_exception(error)
             who = "" if isinstance(error, OtherRankFailed) else f"rank {rank()} of {ranks()}: "
-            print(f"trimtab: {who}{error or type(error).__name__}", file=sys.stderr)
+            said = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{who}{error}"
+            print(f"trimtab: {said}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.status if isinstance(error, Exception) else INTERRUPTED)
@@ -361,8 +363,11 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "trimtab", *arguments)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        return first.exitcode if first.exitcode > 0 else 1
+        number, first = error.get_first_failure()
+        if first.exitcode < 0:  # it could not say so itself
+            print(f"trimtab: rank {number} of {count} was ended by signal {-first.exitcode}", file=sys.stderr)
+            return 128 - first.exitcode
+        return first.exitcode
     except SignalException as error:
         return 128 + error.sigval
     return 0
