@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks import alternate, gpu, growth, report
+from benchmarks import alternate, gpu, growth, profiling, report, sampling
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ COMMANDS = {
     "cpu": (alternate.Cpu, alternate.cpu),
     "gpu": (gpu.Gpu, gpu.gpu),
     "growth": (growth.Growth, growth.growth),
+    "sampling": (sampling.Sampling, sampling.sampling),
+    "profile": (profiling.Profile, profiling.profile_step),
     "show": (Show, show),
 }
 

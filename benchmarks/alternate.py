@@ -27,9 +27,19 @@ ROOT = Path(__file__).parents[1]
 OURS = "trimtab"
 SETTINGS = ("best", "defaults")
 
-TOLERANCES = {"bfloat16": {"loss": 1e-2, "grad_norm": 5e-2}, "float32": {"loss": 1e-4, "grad_norm": 1e-3}}
+TOLERANCES = {
+    "bfloat16": {"loss": 1e-2, "grad_norm": 5e-2, "reward": 1e-6},
+    "float32": {"loss": 1e-4, "grad_norm": 1e-3, "reward": 1e-6},
+}
 """How far figures of the first step may lie apart, relative. The loss alone would say little: DPO's first is always
 ln 2 and KTO's 1/2, whatever the rows are; the norm of the gradient depends on all of them."""
+
+MOST_KL = 1e-3
+"""How far from 0 KL may be in the first step of online RL, in nats per token."""
+
+COMPARED = {"rloo": ("reward", "grad_norm"), "grpo": ("reward", "grad_norm")}
+"""What is compared for these kinds of work instead of loss and gradient norm: the first loss of online RL says nothing,
+for advantages add up to 0, and two losses with the same gradient differ in value."""
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -45,7 +55,7 @@ class Cpu:
     """Speed and memory of training steps beside TRL, on the CPU. Writes one JSON file a work."""
 
     works: tuple[str, ...] = tuple(WORKS)
-    """Which: dpo, dpo_long, dpo_hh, reward, reward_hh, sft, kto."""
+    """Which: dpo, dpo_long, dpo_hh, reward, reward_hh, sft, kto, rloo, grpo."""
     model: str = "smollm2-135m-instruct"
     """A model of trimtab's, or a folder."""
     pairs: int = 5
@@ -86,7 +96,10 @@ def print_table(results: Sequence[Mapping[str, Any]]) -> None:
     """The results on the standard output, wide enough for all columns."""
     from rich.console import Console
 
-    Console(highlight=False, width=130).print(report.table(results))
+    console = Console(highlight=False, width=130)
+    console.print(report.table(results))
+    if parts := report.parts_table(results):
+        console.print(parts)
 
 
 def check(config: Cpu) -> None:
@@ -115,7 +128,7 @@ def compare(name: str, config: Cpu, scratch: Path) -> dict[str, Any]:
         for side, results in sides.items():
             results.append(start(side, job, config, scratch))
             console.print(f"{name} {turn}/{config.pairs} {side}: {told(results[-1])}")
-            check_same_work(sides[OURS][0], results[-1], job.dtype)
+            check_same_work(sides[OURS][0], results[-1], job.dtype, job.kind)
         floors.append(floor_seconds(job, sides[OURS][0]))
     facts = {
         "kind": job.kind,
@@ -131,7 +144,8 @@ def compare(name: str, config: Cpu, scratch: Path) -> dict[str, Any]:
 def told(result: Result) -> str:
     """A process's result in a line."""
     steps = ", ".join(f"{seconds:.2f}" for seconds in result.seconds[1:])
-    return f"{steps} s a step, peak {result.peak / report.GIGA:.2f} GB, first loss {result.losses[0]:.6f}"
+    first = ", ".join(f"{name} {result.figures[name]:.6g}" for name in ("loss", "grad_norm") if name in result.figures)
+    return f"{steps} s a step, peak {result.peak / report.GIGA:.2f} GB, first {first}"
 
 
 def prepare(name: str, config: Cpu, scratch: Path) -> Job:
@@ -151,6 +165,8 @@ def prepare(name: str, config: Cpu, scratch: Path) -> Job:
         dtype="bfloat16" if arithmetic.autocast else "float32",
         steps=config.steps,
         max_length=work.max_length,
+        answers=work.answers,
+        new_tokens=work.answer_words if work.answers else 0,
     )
 
 
@@ -190,15 +206,17 @@ def run(command: Sequence[str]) -> str:
     return done.stdout
 
 
-def check_same_work(ours: Result, other: Result, dtype: str) -> None:
+def check_same_work(ours: Result, other: Result, dtype: str, kind: str = "dpo") -> None:
     """RuntimeError unless two processes read the same tokens, used as many threads and began with the same figures."""
-    for name in ("rows", "tokens", "digest"):
-        if ours.tokens[name] != other.tokens[name]:
+    for name in ("rows", "tokens", "digest", "drawn"):
+        if ours.tokens.get(name) != other.tokens.get(name):
             raise RuntimeError(f"{ours.side} and {other.side} read other tokens: {ours.tokens} and {other.tokens}")
     if ours.threads != other.threads:
         raise RuntimeError(f"{ours.side} used {ours.threads} threads, {other.side} {other.threads}")
-    for name, tolerance in TOLERANCES[dtype].items():
-        left, right = ours.figures[name], other.figures[name]
+    if kind in COMPARED and max(abs(side.figures["kl"]) for side in (ours, other)) > MOST_KL:
+        raise RuntimeError(f"KL before the first step is {ours.figures['kl']:.3g} and {other.figures['kl']:.3g}, not 0")
+    for name in COMPARED.get(kind, ("loss", "grad_norm")):
+        left, right, tolerance = ours.figures[name], other.figures[name], TOLERANCES[dtype][name]
         if not math.isclose(left, right, rel_tol=tolerance):
             raise RuntimeError(
                 f"{ours.side} and {other.side} did other work: {name} of the first step is {left:.6g} and {right:.6g}, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trimtab
+from benchmarks import online
 from benchmarks.process import Clock, Job, Result, peak_bytes, resident_bytes, token_facts
 from trimtab.learner import Learner
 from trimtab.losses.arguments import combine
@@ -36,7 +37,7 @@ from trimtab.objectives import (
 from trimtab.recipes import training
 from trimtab.recipes.dpo import Dpo
 from trimtab.recipes.kto import Kto
-from trimtab.recipes.options import DataOptions, ModelOptions, RunOptions, StepOptions
+from trimtab.recipes.options import DataOptions, ModelOptions, OptimizerOptions, RunOptions, StepOptions
 from trimtab.recipes.reward import Reward
 from trimtab.recipes.sft import Sft
 from trimtab.records import Demonstration, Feedback, Preference
@@ -54,7 +55,8 @@ def step_options(job: Job) -> StepOptions:
     """One batch of all items, in one micro-batch, as the peer runs it."""
     items = len(job.read_rows())
     rows = ITEM_ROWS[job.kind] * items
-    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, warmup=0.0, share_prompts=job.share)
+    how = OptimizerOptions(warmup=0.0, share_prompts=job.share)
+    return StepOptions(lr=job.lr, steps=1, batch_size=items, micro_batch_rows=rows, optimizer=how)
 
 
 def options(job: Job) -> dict[str, Any]:
@@ -165,23 +167,42 @@ def random_network(auto: Any, folder: str, device: str) -> Any:
 # ---- Measuring
 
 
-def run(job: Job) -> Result:
-    """All steps of a job, and what they took."""
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+@dataclass(frozen=True)
+class Ready:
+    """Everything that a step takes, and how it came about."""
+
+    learner: Learner
+    batch: Any
+    model: Any
+    items: training.Items
+    loaded: int
+    checkpointing: str
+
+
+def make_ready(job: Job) -> Ready:
+    """A job's model, learner and batch."""
     model, objective, items, loaded = KINDS[job.kind](job)
     steps = step_options(job)
     checkpointing = choose_checkpointing(
-        steps.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
+        steps.optimizer.gradient_checkpointing, model, *training.largest_shape(model, items, steps)
     )
     if checkpointing.on:
         recompute_layers(model.model)
     learner = with_optimizer(training.make_learner(model, objective, steps, 1 + job.steps), job)
-    batch = items.batch(range(len(items.encoded)))
+    return Ready(learner, items.batch(range(len(items.encoded))), model, items, loaded, checkpointing.why)
+
+
+def run(job: Job) -> Result:
+    """All steps of a job, and what they took."""
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if job.kind in online.KINDS:
+        return replace(online.run(job, held, policy_loader(job)), peak=peak(job), versions=versions())
+    ready = make_ready(job)
     clock, told = Clock(), []
     for _ in range(1 + job.steps):
         clock.start()
-        told.append(learner.step(batch))
+        told.append(ready.learner.step(ready.batch))
         settle(job)
         clock.stop()
     return Result(
@@ -189,14 +210,14 @@ def run(job: Job) -> Result:
         seconds=clock.seconds,
         losses=[figures["loss"] for figures in told],
         figures=told[0],
-        tokens={**token_facts(answers(items.encoded)), **counts(items.encoded, job.kind)},
-        loaded=loaded,
+        tokens={**token_facts(answers(ready.items.encoded)), **counts(ready.items.encoded, job.kind)},
+        loaded=ready.loaded,
         peak=peak(job),
         threads=torch.get_num_threads(),
         versions=versions(),
-        note=f"{model.arithmetic.why}; gradient checkpointing {checkpointing.why}",
-        laid_out=model.body.arrangement is not None,
-        attention=model.body.attention,
+        note=f"{ready.model.arithmetic.why}; gradient checkpointing {ready.checkpointing}",
+        laid_out=ready.model.body.arrangement is not None,
+        attention=ready.model.body.attention,
     )
 
 

@@ -8,6 +8,7 @@ callbacks for the beginning and the end of a step, so collation is left out here
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.process import Clock, Job, Result, peak_bytes, resident_bytes, token_facts
+from benchmarks.process import Clock, Job, Result, count_of_e, parts_of, peak_bytes, resident_bytes, token_facts
 
 BEST = {"gradient_checkpointing": False, "logging_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
 """What makes a step on a CPU faster than the defaults do, at the same precision. Attention is sdpa, the optimizer fused
@@ -51,6 +52,8 @@ def settings(job: Job, folder: str, **own: Any) -> dict[str, Any]:
         "report_to": "none",
         "seed": 0,
     }
+    if job.answers:
+        del same["max_length"]
     reference = STORED_REFERENCE if job.kind in ("dpo", "kto") else {}
     return {**same, **own, **({**BEST, **reference} if job.settings == "best" else {})}
 
@@ -77,7 +80,45 @@ def sft(job: Job, folder: str, **given: Any) -> Any:
     return trl.SFTTrainer(model=model_of(job), args=trl.SFTConfig(**packed), **given)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"dpo": dpo, "kto": kto, "reward": reward, "sft": sft}
+NEVER = 10**9
+"""An id that no vocabulary has: as the end token it leaves every answer at full length."""
+
+
+def rloo(job: Job, folder: str, **given: Any) -> Any:
+    return online(trl.RLOOTrainer, trl.RLOOConfig, job, folder, **given)
+
+
+def grpo(job: Job, folder: str, **given: Any) -> Any:
+    """The loss is averaged as in the paper, over the tokens of an answer and then over answers."""
+    return online(trl.GRPOTrainer, trl.GRPOConfig, job, folder, loss_type="grpo", **given)
+
+
+def online(trainer: Any, config: Any, job: Job, folder: str, *, loss_type: str | None = None, **given: Any) -> Any:
+    """One optimizer step for every rollout: all answers to all prompts in one batch, none of which ends early."""
+    own = settings(
+        job,
+        folder,
+        per_device_train_batch_size=len(job.read_rows()) * job.answers,
+        num_generations=job.answers,
+        max_completion_length=job.new_tokens,
+        beta=job.beta,
+        shuffle_dataset=False,
+        generation_kwargs={"eos_token_id": NEVER},
+        **({"loss_type": loss_type} if loss_type else {}),
+    )
+    made = trainer(model=model_of(job), reward_funcs=count_of_e, args=config(**own), **given)
+    made.eos_token_ids = [NEVER]
+    return made
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "dpo": dpo,
+    "kto": kto,
+    "reward": reward,
+    "sft": sft,
+    "rloo": rloo,
+    "grpo": grpo,
+}
 
 
 def model_of(job: Job) -> Any:
@@ -121,6 +162,7 @@ def run(job: Job) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         rows = Dataset.from_list(job.read_rows())
         trainer = KINDS[job.kind](job, folder, train_dataset=rows, processing_class=tokenizer, callbacks=[watch])
+        rollouts = Rollouts(trainer, job, rows) if job.answers else None
         losses = noted(trainer, "training_step")
         norms = noted(trainer.accelerator, "clip_grad_norm_")
         trainer.train()
@@ -128,13 +170,74 @@ def run(job: Job) -> Result:
         side=f"trl {job.settings}",
         seconds=watch.clock.seconds,
         losses=losses,
-        figures={"loss": losses[0], "grad_norm": norms[0]},
-        tokens=token_facts(rows_of(trainer.train_dataset)),
+        figures={"grad_norm": norms[0], **(rollouts.figures() if rollouts else {"loss": losses[0]})},
+        tokens=rollouts.facts() if rollouts else token_facts(rows_of(trainer.train_dataset)),
         loaded=watch.loaded,
         peak=torch.cuda.max_memory_allocated() if job.device == "cuda" else peak_bytes(),
         threads=torch.get_num_threads(),
         versions=versions(),
+        parts=parts_of(rollouts.stages(), watch.clock.seconds) if rollouts else {},
     )
+
+
+class Rollouts:
+    """What a trainer draws, its stages' times, and the exchange of the first answers for those in the file.
+
+    The first answers are drawn as ever, and then the rows' own take their place, the same as on the other side.
+    """
+
+    def __init__(self, trainer: Any, job: Job, rows: Iterable[dict[str, Any]]) -> None:
+        self.trainer, self.fixed = trainer, [ids for row in rows for ids in row["answers"]]
+        self.prompts: list[Sequence[int]] = []
+        self.answers: list[list[Sequence[int]]] = []
+        self.rewards: list[float] = []
+        self.kl = math.nan
+        self.clocks = {name: Clock() for name in ("sample", "score", "all")}
+        self.generate, self.calculate = trainer._generate_single_turn, trainer._calculate_rewards
+        self.whole = trainer._generate_and_score_completions
+        trainer._generate_single_turn, trainer._calculate_rewards = self.draw, self.score
+        trainer._generate_and_score_completions = self.roll_out
+
+    def draw(self, prompts: Sequence[Sequence[int]], *given: Any, **named: Any) -> Any:
+        self.clocks["sample"].start()
+        drawn = self.generate(prompts, *given, **named)
+        self.clocks["sample"].stop()
+        first, alone = not self.answers, isinstance(drawn, list)  # RLOO gives ids, GRPO ids and log-probabilities
+        self.prompts = self.prompts or list(prompts)
+        self.answers.append(drawn if alone else drawn[0])
+        if not first:
+            return drawn
+        return self.fixed if alone else (self.fixed, *drawn[1:])
+
+    def score(self, *given: Any, **named: Any) -> Any:
+        self.clocks["score"].start()
+        found = self.calculate(*given, **named)
+        self.clocks["score"].stop()
+        self.rewards.append(float(found.mean()))
+        return found
+
+    def roll_out(self, *given: Any, **named: Any) -> Any:
+        if len(self.rewards) == 1:  # a logged figure of the step before, which logging would empty at the end
+            self.kl = float(self.trainer._metrics["train"]["kl"][0])
+        self.clocks["all"].start()
+        made = self.whole(*given, **named)
+        self.clocks["all"].stop()
+        return made
+
+    def stages(self) -> dict[str, list[float]]:
+        """Seconds of sampling, scoring, and the rest of a rollout: log-probabilities, mostly."""
+        sample, score, whole = (self.clocks[name].seconds for name in ("sample", "score", "all"))
+        rest = [all_of - one - other for all_of, one, other in zip(whole, sample, score, strict=True)]
+        return {"sample": sample, "score": score, "refer": rest}
+
+    def figures(self) -> dict[str, float]:
+        """Mean reward and KL per token of the first step."""
+        return {"reward": self.rewards[0], "kl": self.kl}
+
+    def facts(self) -> dict[str, Any]:
+        """The rows of the first step, and how many tokens each later one drew."""
+        rows = [[*prompt, *answer] for prompt, answer in zip(self.prompts, self.fixed, strict=True)]
+        return {**token_facts(rows), "drawn": [sum(map(len, answers)) for answers in self.answers[1:]]}
 
 
 def noted(owner: Any, name: str) -> list[float]:

@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ class Job:
 
     `model` is a folder; where it holds no weights they are random, from its config and seed 0. `settings` are the
     peer's: `defaults` or `best`. `share` and `attention` are about this side: prompts shared or every row alone, and
-    what runs shared sequences. `optimizer` is adamw or sgd.
+    what runs shared sequences. `optimizer` is adamw or sgd. `answers` of `new_tokens` tokens each are drawn to every
+    prompt where the work is online RL, with `beta` as the price of KL.
     """
 
     work: str
@@ -38,6 +39,9 @@ class Job:
     share: bool = True
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     optimizer: str = "adamw"
+    answers: int = 0
+    new_tokens: int = 0
+    beta: float = 0.05
 
     @classmethod
     def read(cls, path: str | Path) -> Job:
@@ -66,6 +70,7 @@ class Result:
     `figures` belong to the first step. `loaded` is the resident memory once the model is there, `peak` the process's
     high-water mark, imports and loading included; on a GPU both are what torch has allocated there. `laid_out` says
     whether this side ran rows in shared sequences rather than as they are, `attention` which implementation ran them.
+    `parts` are the seconds of a step's stages, where it has several: one list a stage, as long as `seconds`.
     """
 
     side: str
@@ -80,6 +85,7 @@ class Result:
     note: str = ""
     laid_out: bool = False
     attention: str = ""
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     def print(self) -> None:
         """Hand the result to the process that waits for it: the last line of the standard output."""
@@ -103,6 +109,18 @@ class Clock:
 
     def stop(self) -> None:
         self.seconds.append(time.perf_counter() - self.began)
+
+
+def count_of_e(completions: Sequence[str], **columns: Any) -> list[float]:
+    """The reward of online RL, on both sides: how often an answer has the letter e. Costs nothing, seldom ties."""
+    return [float(text.count("e")) for text in completions]
+
+
+def parts_of(stages: Mapping[str, Sequence[float]], seconds: Sequence[float]) -> dict[str, list[float]]:
+    """The seconds of every stage of a step, `train` being what the others leave of it."""
+    used = [sum(step) for step in zip(*stages.values(), strict=True)]
+    train = [whole - part for whole, part in zip(seconds, used, strict=True)]
+    return {**{name: list(values) for name, values in stages.items()}, "train": train}
 
 
 def token_facts(rows: Iterable[Sequence[int]]) -> dict[str, Any]:

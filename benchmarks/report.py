@@ -15,6 +15,8 @@ from benchmarks.process import Result
 
 GIGA = 1e9
 RESULTS = Path(__file__).parent / "results"
+STAGES = ("sample", "score", "refer", "train")
+"""The stages of a step of online RL."""
 
 
 def side(results: Sequence[Result]) -> dict[str, Any]:
@@ -36,7 +38,13 @@ def side(results: Sequence[Result]) -> dict[str, Any]:
         "note": first.note,
         "processes": len(results),
         "steps": len(first.seconds) - 1,
+        "parts": {name: statistics.median(medians(results, name)) for name in first.parts},
     }
+
+
+def medians(results: Sequence[Result], part: str) -> list[float]:
+    """The median time of one stage of a step, process by process, without the warm-up step."""
+    return [statistics.median(result.parts[part][1:]) for result in results]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -81,6 +89,18 @@ def table(results: Sequence[Mapping[str, Any]]) -> Table:
             made.add_row(*cells(result, name, one))
         made.add_section()
     return made
+
+
+def parts_table(results: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Where the time of a step goes, for works whose steps have stages; None if there is no such work."""
+    made = Table(title="seconds of a step's stages: medians")
+    for column in ("work", "side", *STAGES):
+        made.add_column(column, justify="left" if column in ("work", "side") else "right")
+    for result in results:
+        for name, one in result["sides"].items():
+            if one.get("parts"):
+                made.add_row(result["work"], name, *(f"{one['parts'][stage]:.2f}" for stage in STAGES))
+    return made if made.row_count else None
 
 
 def cells(result: Mapping[str, Any], name: str, one: Mapping[str, Any]) -> list[str]:

@@ -3,17 +3,17 @@
 All in one process, turn by turn, so that whatever else the machine does falls on all of them; ratios are taken within
 a turn. Every contender writes the same number of tokens after the same prompts, and nobody stops early.
 
-    python -m benchmarks.sampling --model smollm2-135m-instruct --out sampling.json
+    python -m benchmarks sampling --model smollm2-135m-instruct --dtype bfloat16
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -21,38 +21,51 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from trimtab import decoders
+from benchmarks import report
 from trimtab.data import load
 from trimtab.models import Policy, load_policy
 from trimtab.progress import console
 from trimtab.records import Prompt
-from trimtab.sampling import Samples, sample
+from trimtab.sampling import Samples, decoders, sample
 from trimtab.tokens import Row, encode_prompts, pad
 
 Contender = Callable[[], None]
 
 
-def options() -> argparse.Namespace:
-    """What to measure."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description="Measure sampling.")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", default="reviews-heldout", help="prompts")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--answers", type=int, default=4, help="answers to every prompt")
-    parser.add_argument("--tokens", type=int, default=48, help="new tokens an answer")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--lora-rank", type=int, default=0, help="of the policy; generate runs the model without it")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--own-time", action="store_true", help="processor time of one thread, on a shared machine")
-    parser.add_argument("--out", help="the .json file to write")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling beside `generate` of transformers and the matrix products alone."""
+
+    model: str = "smollm2-135m-instruct"
+    """A model of trimtab's, or a folder."""
+    data: str = "reviews-heldout"
+    """Prompts."""
+    prompts: int = 8
+    """How many of them."""
+    answers: int = 4
+    """Answers to every prompt."""
+    tokens: int = 48
+    """New tokens of an answer."""
+    turns: int = 5
+    """How many times every contender runs, after once to warm up."""
+    threads: int = torch.get_num_threads()
+    """Threads of torch."""
+    lora_rank: int = 0
+    """Of the policy; `generate` runs the model without it."""
+    dtype: str = "auto"
+    """auto, bfloat16 or float32."""
+    device: str = "auto"
+    """cpu, cuda or mps; auto takes the first there is."""
+    own_time: bool = False
+    """Processor time of one thread, on a machine that others use too."""
+    out: str = str(report.RESULTS)
+    """Folder of the JSON file."""
 
 
-def main() -> None:
+def sampling(given: Sampling) -> None:
     """Measure, print, write."""
-    given = options()
+    if (least := min(given.prompts, given.answers, given.tokens, given.turns, given.threads)) < 1:
+        raise ValueError(f"--prompts, --answers, --tokens, --turns or --threads is {least}: at least 1 is needed.")
     torch.set_num_threads(1 if given.own_time else given.threads)
     policy = load_policy(given.model, dtype=given.dtype, device=given.device, lora_rank=given.lora_rank)
     prompts = load(given.data, Prompt).records[: given.prompts]
@@ -62,10 +75,10 @@ def main() -> None:
         run()
     turns = [{name: seconds(run, clock, policy.device) for name, run in runners.items()} for _ in range(given.turns)]
     found = summary(turns, given.tokens) | {"gap": gap(policy, prompts, given)}
-    report(found, given, policy)
+    print_and_write(found, given, policy)
 
 
-def contenders(given: argparse.Namespace, policy: Policy, prompts: list[Prompt]) -> dict[str, Contender]:
+def contenders(given: Sampling, policy: Policy, prompts: list[Prompt]) -> dict[str, Contender]:
     """Name -> what writes all the answers once."""
     dtype = policy.arithmetic.autocast or torch.float32
     peer = load_policy(given.model, dtype=given.dtype, device=given.device).model.to(dtype)  # pyright: ignore
@@ -83,7 +96,7 @@ def contenders(given: argparse.Namespace, policy: Policy, prompts: list[Prompt])
     return named | {"products alone": products(peer, given)}
 
 
-def draw(policy: Policy, prompts: list[Prompt], given: argparse.Namespace) -> Samples:
+def draw(policy: Policy, prompts: list[Prompt], given: Sampling) -> Samples:
     """Our answers."""
     rows = given.answers * len(prompts)
     return sample(policy, prompts, given.answers, max_new_tokens=given.tokens, stop_ids=(), batch_rows=rows)
@@ -96,7 +109,7 @@ def forced(*, lean: bool) -> Iterator[None]:
         yield
 
 
-def generator(peer: nn.Module, policy: Policy, prompts: list[Prompt], given: argparse.Namespace) -> Contender:
+def generator(peer: nn.Module, policy: Policy, prompts: list[Prompt], given: Sampling) -> Contender:
     """transformers' own sampling, its weights in the type it computes in."""
     encoded = encode_prompts(policy.tokenizer, prompts)
     tokens = pad([Row(ids, [False] * len(ids)) for ids in encoded], policy.pad_id, side="left")
@@ -113,7 +126,7 @@ def generator(peer: nn.Module, policy: Policy, prompts: list[Prompt], given: arg
     return generate
 
 
-def products(peer: nn.Module, given: argparse.Namespace) -> Contender:
+def products(peer: nn.Module, given: Sampling) -> Contender:
     """Every linear map once a token, and nothing else."""
     weights = [module.weight for module in peer.modules() if isinstance(module, nn.Linear)]
     rows = given.prompts * given.answers
@@ -148,7 +161,7 @@ def summary(turns: list[dict[str, float]], tokens: int) -> dict[str, dict[str, f
     }
 
 
-def gap(policy: Policy, prompts: list[Prompt], given: argparse.Namespace) -> dict[str, float]:
+def gap(policy: Policy, prompts: list[Prompt], given: Sampling) -> dict[str, float]:
     """|log-probability when sampled - when scored|, mean and largest, in nats per token, for both decoders."""
     found = {}
     for name, lean in {"lean": True, "any family": False}.items():
@@ -162,14 +175,12 @@ def gap(policy: Policy, prompts: list[Prompt], given: argparse.Namespace) -> dic
     return found
 
 
-def report(found: dict[str, dict[str, float]], given: argparse.Namespace, policy: Policy) -> None:
+def print_and_write(found: dict[str, dict[str, float]], given: Sampling, policy: Policy) -> None:
     """The table, and the file."""
     for name, values in found.items():
         console.print(f"{name:22}" + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
-    if given.out:
-        about = {**vars(given), "torch": torch.__version__, "arithmetic": policy.arithmetic.why}
-        Path(given.out).write_text(json.dumps({"settings": about, "found": found}, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    about = {**asdict(given), "torch": torch.__version__, "arithmetic": policy.arithmetic.why}
+    path = Path(given.out) / "sampling.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": about, "found": found}, indent=2) + "\n", encoding="utf-8")
+    console.print(str(path))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["dpo", "reward", "sft", "kto"]
+Kind = Literal["dpo", "reward", "sft", "kto", "rloo", "grpo"]
 Row = dict[str, Any]
 
 FREQUENT = (
@@ -35,7 +35,8 @@ WORDS = FREQUENT.split()
 class Work:
     """What a batch holds: `items` pairs or answers, prompts and answers of so many words; or conversations of a file.
 
-    With `fill`, items are added until they no longer fit into that many packed rows of `max_length` tokens.
+    With `fill`, items are added until they no longer fit into that many packed rows of `max_length` tokens. Items of
+    online RL are prompts to which `answers` are drawn; these have `answer_words` tokens, whatever words they make.
     """
 
     kind: Kind
@@ -45,6 +46,7 @@ class Work:
     from_conversations: bool = False
     fill: int = 0
     max_length: int = 4096
+    answers: int = 0
 
 
 WORKS: dict[str, Work] = {
@@ -55,6 +57,8 @@ WORKS: dict[str, Work] = {
     "reward_hh": Work("reward", items=4, from_conversations=True, max_length=512),
     "sft": Work("sft", items=64, fill=2, max_length=512),
     "kto": Work("kto", items=16),
+    "rloo": Work("rloo", items=8, answer_words=48, answers=4),
+    "grpo": Work("grpo", items=8, answer_words=48, answers=4),
 }
 
 LONG_WORDS = 150
@@ -76,6 +80,8 @@ def written_rows(work: Work, seed: int = 0) -> list[Row]:
 
     def row(number: int) -> Row:
         prompt = text(generator, work.prompt_words) + ":"
+        if work.answers:
+            return {"prompt": prompt, "answers": [answer() for _ in range(work.answers)]}
         if work.kind == "kto":
             return {"prompt": prompt, "completion": answer(), "label": number % 2 == 0}
         if work.kind == "sft":
@@ -144,7 +150,16 @@ def rows_of(work: Work, tokenizer: Any, conversations: Path | None) -> list[Row]
         assert conversations is not None, "works on conversations are skipped without a file"
         return [cut(row, work.max_length, longest) for row in conversation_rows(work, conversations)]
     rows = written_rows(work)
+    if work.answers:
+        return [with_fixed_answers(row, tokenizer, work.answer_words) for row in rows]
     return filled(rows, [longest(row) for row in rows], work) if work.fill else rows
+
+
+def with_fixed_answers(row: Row, tokenizer: Any, tokens: int) -> Row:
+    """A row whose answers are ids, so many of each: what both sides learn from in the step that is compared."""
+    answers = [tokenizer(answer, add_special_tokens=False)["input_ids"][:tokens] for answer in row["answers"]]
+    assert {len(ids) for ids in answers} == {tokens}, "a word has a token at least"
+    return {**row, "answers": answers}
 
 
 def record_of(row: Row) -> Any:

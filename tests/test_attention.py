@@ -131,8 +131,8 @@ def test_flex_has_the_gradients_of_sdpa(family: str, monkeypatch: pytest.MonkeyP
     policy.body.use_layout(share=False)
     expected = gradient(policy, pairs())
     policy.body.use_layout(share=True)
-    assert policy.body.flex_disagrees(Precision(None, "test")) is None
-    attention.set_flex(policy.model, True)
+    assert policy.body.disagrees("flex", Precision(None, "test")) is None
+    attention.set_attention(policy.model, "flex")
     assert policy.body.attention == "flex"
     assert error(gradient(policy, pairs()), expected) < 1e-5
 
@@ -145,7 +145,7 @@ def test_the_probe_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         attention, "flex_attention", lambda q, k, v, **options: flex_attention(q, k.detach(), v, **options)
     )
-    assert "other states or gradients" in str(policy.body.flex_disagrees(Precision(None, "test")))
+    assert "other states or gradients" in str(policy.body.disagrees("flex", Precision(None, "test")))
 
 
 @TORCHS_OWN
@@ -182,16 +182,16 @@ def test_a_copy_keeps_the_attention_and_a_saved_model_does_not(tmp_path: Path) -
 @TORCHS_OWN
 def test_a_kernel_that_gives_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of("llama", frozen=True)
-    assert policy.body.why_not_flex(Precision(None, "test")) is None
+    assert policy.body.why_not("flex", Precision(None, "test")) is None
     monkeypatch.setattr(attention, "flex_attention", lambda query, *arguments, **options: query)
-    with pytest.raises(ValueError, match="attention flex: FlexAttention gives other states or gradients"):
+    with pytest.raises(ValueError, match="attention flex: flex attention gives other states or gradients"):
         policy.body.use_layout(attention="flex")
 
     def fails(*arguments, **options):
         raise RuntimeError("no valid configuration\nmore")
 
     monkeypatch.setattr(attention, "flex_attention", fails)
-    with pytest.raises(ValueError, match=r"FlexAttention failed on this cpu \(no valid configuration\)\. Use"):
+    with pytest.raises(ValueError, match=r"flex attention failed on this cpu \(no valid configuration\)\. Use"):
         policy.body.use_layout(attention="flex")
     assert policy.body.attention == "sdpa"
     assert torch.isfinite(policy.logprobs(pairs())).all()
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     for name in ("flex", "sdpa"):
         with pytest.raises(ValueError, match=f"attention {name} has no effect on rows as they are"):
             policy.body.use_layout(share=False, attention=name)
-    with pytest.raises(ValueError, match="attention fast: allowed are auto, sdpa, flex"):
+    with pytest.raises(ValueError, match="attention fast: allowed are auto, sdpa, flex, blocked"):
         policy.body.use_layout(attention="fast")  # pyright: ignore[reportArgumentType]
     sinking = policy_of("gpt_oss", frozen=True)
     with pytest.raises(ValueError, match="attention sdpa: GptOssForCausalLM runs its own, eager"):
@@ -214,10 +214,10 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     assert policy.body.arrangement is not None, "a refused layout changes nothing"
 
 
-def test_auto_is_sdpa_on_cpus() -> None:
+def test_auto_is_blocks_on_cpus() -> None:
     policy = policy_of("llama")
     policy.body.use_layout()
-    assert (policy.body.attention, policy.body.why) == ("sdpa", "sdpa: chosen for cpu")
+    assert (policy.body.attention, policy.body.why) == ("blocked", "blocked: chosen for cpu")
 
 
 def run_lengths(make, attend, device: str = "cpu", *, grad: bool) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import alternate, floor, gpu, growth, ours, report
-from benchmarks.process import Job, Result, token_facts
-from benchmarks.work import WORDS, WORKS, conversation_rows, cut, filled, scaled, write_rows, written_rows
+from benchmarks import alternate, floor, gpu, growth, ours, profiling, report, sampling
+from benchmarks.process import Job, Result, count_of_e, parts_of, token_facts
+from benchmarks.work import WORDS, WORKS, conversation_rows, cut, filled, rows_of, scaled, write_rows, written_rows
 from trimtab import data
 from trimtab.builtin import tiny, write_tiny
 from trimtab.records import Preference
@@ -88,6 +88,14 @@ def test_packed_rows_are_filled_and_not_overfilled() -> None:
     work = replace(WORKS["sft"], fill=2, max_length=10)
     assert len(filled(rows, [3] * 20, work)) == 6
     assert len(filled(rows, [10] * 20, work)) == 2
+
+
+@pytest.mark.parametrize("name", ["rloo", "grpo"])
+def test_fixed_answers_have_exactly_their_tokens(name: str) -> None:
+    rows = rows_of(WORKS[name], tiny()[1], None)
+    assert len(rows) == 8 and [len(row["answers"]) for row in rows] == [4] * 8
+    assert {len(ids) for row in rows for ids in row["answers"]} == {48}
+    assert len({tuple(ids) for row in rows for ids in row["answers"]}) == 32
 
 
 # ---- Counts
@@ -195,6 +203,36 @@ def test_other_work_is_not_compared(changes: dict[str, Any], message: str) -> No
         alternate.check_same_work(result(), result("trl best", **changes), "bfloat16")
 
 
+ONLINE = {"reward": 4.0, "grad_norm": 2.0, "kl": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"figures": {**ONLINE, "reward": 4.001}}, "reward of the first step is 4 and 4.001"),
+        ({"figures": {**ONLINE, "grad_norm": 2.2}}, "grad_norm"),
+        ({"figures": {**ONLINE, "kl": 0.01}}, "KL before the first step is 0 and 0.01"),
+        ({"tokens": {"rows": 4, "tokens": 40, "digest": "d", "drawn": [11]}}, "read other tokens"),
+    ],
+)
+def test_other_rollouts_are_not_compared(changes: dict[str, Any], message: str) -> None:
+    tokens = {"rows": 4, "tokens": 40, "digest": "d", "drawn": [12]}
+    ours, theirs = result(figures=ONLINE, tokens=tokens), result("trl best", figures=ONLINE, tokens=tokens)
+    alternate.check_same_work(ours, theirs, "bfloat16", "rloo")
+    with pytest.raises(RuntimeError, match=message):
+        alternate.check_same_work(ours, replace(theirs, **changes), "bfloat16", "rloo")
+
+
+def test_stages_add_up_to_the_step_and_their_medians_leave_the_warm_up_out() -> None:
+    stages = {"sample": [5.0, 1.0, 1.0], "score": [0.0, 0.5, 0.0], "refer": [1.0, 0.0, 0.5]}
+    parts = parts_of(stages, [9.0, 2.0, 4.0])
+    assert parts["train"] == [3.0, 0.5, 2.5]
+    told = report.summary("rloo", {"trimtab": [result(parts=parts)]}, [], dtype="float32")
+    assert told["sides"]["trimtab"]["parts"] == {"sample": 1.0, "score": 0.25, "refer": 0.25, "train": 1.5}
+    table, none = report.parts_table([told]), report.parts_table([report.summary("dpo", {"trimtab": [result()]}, [])])
+    assert table is not None and table.row_count == 1 and none is None
+
+
 def test_float32_is_compared_more_strictly() -> None:
     near = result("trl best", figures={"loss": 0.7014, "grad_norm": 2.0})
     alternate.check_same_work(result(), near, "bfloat16")
@@ -234,6 +272,37 @@ def test_every_kind_steps(kind: str, folder: str, reward_folder: str, tmp_path: 
     assert told.peak >= told.loaded > 0
     known = {"dpo": math.log(2), "kto": 0.5}
     assert told.losses[0] == pytest.approx(known.get(kind, told.losses[0]), rel=1e-6)
+
+
+def online_job(kind: str, folder: str, scratch: Path, **changes: Any) -> Job:
+    work = replace(WORKS[kind], items=3, prompt_words=4, answer_words=9)
+    rows = write_rows(scratch / f"{kind}.jsonl", rows_of(work, tiny()[1], None))
+    sizes = {"answers": 4, "new_tokens": 9, "steps": 2, "max_length": 128}
+    return Job(kind, kind, folder, str(rows), dtype="float32", **sizes, **changes)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_online_steps_begin_with_the_fixed_answers_and_draw_the_others_in_full(
+    kind: str, folder: str, tmp_path: Path
+) -> None:
+    given = online_job(kind, folder, tmp_path)
+    told, rows = ours.run(given), given.read_rows()
+    tokenizer = tiny()[1]
+    answers = [ids for row in rows for ids in row["answers"]]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows for _ in range(4)]
+    facts = token_facts([[*prompt, *ids] for prompt, ids in zip(prompts, answers, strict=True)])
+    assert {name: told.tokens[name] for name in facts} == facts
+    assert told.tokens["drawn"] == [12 * 9, 12 * 9] and told.tokens["predicted"] == 12 * 9
+    assert told.tokens["distinct"] == 12 * 9 + sum(map(len, prompts[::4]))
+    assert told.figures["reward"] == pytest.approx(sum(count_of_e([tokenizer.decode(a) for a in answers])) / 12)
+    assert told.figures["kl"] == pytest.approx(0, abs=1e-6) and told.figures["ratio"] == pytest.approx(1, abs=1e-6)
+    assert [sum(parts) for parts in zip(*told.parts.values(), strict=True)] == pytest.approx(told.seconds)
+    assert told.figures["grad_norm"] > 0 and told.peak >= told.loaded > 0
+
+
+def test_the_price_of_kl_moves_nothing_in_the_step_that_is_compared(folder: str, tmp_path: Path) -> None:
+    free, priced = (ours.run(online_job("rloo", folder, tmp_path, beta=beta)) for beta in (0.0, 1.0))
+    assert free.figures["grad_norm"] == pytest.approx(priced.figures["grad_norm"], rel=1e-5)
 
 
 def test_sharing_changes_no_figure(folder: str, tmp_path: Path) -> None:
@@ -309,6 +378,51 @@ def test_passes_hold_all_rows_and_no_more_tokens_than_asked() -> None:
         assert all(prompts[i] == prompts[i - i % answers] for i in range(8))
 
 
+# ---- Where time goes
+
+
+@pytest.mark.parametrize(
+    ("operator", "part"),
+    [
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention under a mask, backward"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention under a mask, forward"),
+        ("aten::addmm", "matrix products of the layers and the head"),
+        ("aten::mkldnn_linear", "matrix products of the layers and the head"),
+        ("aten::zero_", "zeroing of new gradients"),
+        ("aten::mul", profiling.REST),
+        ("autograd::engine::evaluate_function: MmBackward0", profiling.REST),
+    ],
+)
+def test_operators_belong_to_parts(operator: str, part: str) -> None:
+    assert profiling.part_of(operator) == part
+
+
+def test_shares_by_hand() -> None:
+    found = profiling.shares({"aten::mm": 3.0, "aten::bmm": 1.0, "aten::mul": 5.0, "aten::copy_": 1.0})
+    products, copies = list(profiling.PARTS)[2:4]
+    assert list(found)[:2] == [products, copies] and list(found)[-1] == profiling.REST
+    assert {part: share for part, share in found.items() if share} == {products: 0.4, copies: 0.1, profiling.REST: 0.5}
+
+
+def test_the_profile_of_a_step_adds_up() -> None:
+    found = profiling.profile_step(profiling.Profile(model="tiny", dtype="float32", scale=0.1))
+    assert sum(found.values()) == pytest.approx(1) and list(found)[-1] == profiling.REST
+    # A step has every part; which of them is large depends on the machine.
+    assert set(found) == {*profiling.PARTS, profiling.REST} and min(found.values()) > 0
+    with pytest.raises(ValueError, match="--hh-data FILE"):
+        profiling.profile_step(profiling.Profile(work="dpo_hh", model="tiny"))
+
+
+def test_sampling_is_measured_on_every_way(tmp_path: Path) -> None:
+    sizes = {"prompts": 2, "answers": 2, "tokens": 3, "turns": 1, "threads": torch.get_num_threads()}
+    sampling.sampling(sampling.Sampling("tiny", **sizes, dtype="float32", out=str(tmp_path)))
+    found = json.loads((tmp_path / "sampling.json").read_text())["found"]
+    assert set(found) == {"trimtab", "generate", "trimtab, any family", "products alone", "gap"}
+    assert found["trimtab"]["times_ours"] == 1 and max(found["gap"].values()) < 1e-4
+    with pytest.raises(ValueError, match="is 0: at least 1"):
+        sampling.sampling(sampling.Sampling("tiny", turns=0))
+
+
 # ---- What people type
 
 
@@ -344,17 +458,20 @@ def test_the_peers_side_needs_nothing_of_trimtab() -> None:
         assert "import trimtab" not in text and "from trimtab" not in text
 
 
+SIDE_BY_SIDE = ["dpo", "reward", "sft", "kto", "rloo", "grpo"]
+
+
 @pytest.mark.slow
 def test_both_sides_do_the_same_work(tmp_path: Path) -> None:
     """Needs the peer's environment, which `make bench` makes; without it, this side alone."""
     peer = ["best", "defaults"] if PEER_PYTHON.exists() else []
-    command = [sys.executable, "-m", "benchmarks", "cpu", "--model", "tiny", "--works", "dpo", "reward", "sft", "kto"]
+    command = [sys.executable, "-m", "benchmarks", "cpu", "--model", "tiny", "--works", *SIDE_BY_SIDE]
     flags = ["--pairs", "1", "--steps", "1", "--scale", "0.2", "--dtype", "float32", "--out", str(tmp_path)]
     asked = [*command, *flags, "--peer-python", str(PEER_PYTHON), "--peer-settings", *peer]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = report.read_all(tmp_path)
-    assert {one["work"] for one in told} == {"dpo", "reward", "sft", "kto"}
+    assert {one["work"] for one in told} == set(SIDE_BY_SIDE)
     assert all(set(one["sides"]) == {"trimtab", *(f"trl {name}" for name in peer)} for one in told)
 
 

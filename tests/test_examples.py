@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 import tyro
 
 from trimtab.cli import COMMANDS
@@ -27,6 +28,18 @@ def test_loop_dpo_learns(capsys: pytest.CaptureFixture[str]):
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1
     assert "held-out accuracy before: 0.00" in told and "held-out accuracy after: 1.00" in told
+
+
+def test_loop_rloo_raises_a_planted_reward(capsys: pytest.CaptureFixture[str]):
+    names = runpy.run_path(str(ROOT / "examples" / "loop_rloo.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    before, after = (float(told.split(f"held-out reward {when}: ")[1].split()[0]) for when in ("before", "after"))
+    assert before < 2.5 and after > 9  # 26 of 259 tokens are lower-case letters: 1.2 of 12 by chance
+    kl = [float(found) for found in re.findall(r"KL (-?[\d.]+)", told)]
+    assert kl[0] == pytest.approx(0, abs=1e-4) and kl[-1] > 5
+    groups = names["leave_one_out"](torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0] * 2))
+    # The others of 1 have mean 35 / 7, those of 8 have 28 / 7.
+    assert groups[0] == pytest.approx(1 - 5) and groups[15] == pytest.approx(8 - 4)
 
 
 def code_of(page: Path) -> str:

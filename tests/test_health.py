@@ -56,6 +56,11 @@ SIGNS = {
     "no_spread": (without_spread(), TEXTS, "in 3 of 4 groups all answers have the same reward"),
     "empty": (rollouts(), ["", " ", "\n", ""] * 2, "all 8 answers are empty"),
     "identical": (rollouts(), ["same"] * 8, "all 8 answers are the same text"),
+    "unscored": (
+        replace(rollouts(), valid=torch.zeros(8, dtype=torch.bool)),
+        TEXTS,
+        "none of 8 answers has a score",
+    ),
     "one_token": (rollouts([[5, 5, 5, 5, 9]] * 5 + ROWS[:3]), TEXTS, "5 of 8 answers repeat one token"),
 }
 

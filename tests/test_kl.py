@@ -137,6 +137,15 @@ def test_exact_kl_of_tokens_that_are_ruled_out():
     assert exact_kl(own, one).item() == math.inf
 
 
+def test_exact_kl_of_a_token_whose_probability_is_too_small_for_a_number():
+    """exp(-200) is 0 in float32, and 0 times infinity is no number: such a token adds nothing, to its gradient too."""
+    own = torch.tensor([[0.0, -200.0]], requires_grad=True)
+    found = exact_kl(own, torch.tensor([[math.log(0.5), -math.inf]]))
+    assert found.item() == pytest.approx(math.log(2))
+    (gradient,) = torch.autograd.grad(found.sum(), own)
+    assert gradient.tolist() == [[pytest.approx(1 + math.log(2)), 0]]
+
+
 def test_exact_kl_is_what_k1_and_k3_average_to():
     generator = torch.Generator().manual_seed(1)
     own, other = (torch.randn(4, 6, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))

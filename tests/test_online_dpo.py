@@ -28,6 +28,18 @@ def judge(first_ids, second_ids):
 def undecided(first):
     return [0.5 for text in first]
 
+asked = []
+
+def never_at_first(completion_ids):
+    asked.append(len(completion_ids))
+    return [None if len(asked) == 1 else float(sum(ids)) for ids in completion_ids]
+
+def never(completion_ids):
+    return [None for ids in completion_ids]
+
+def never_judged(first_ids):
+    return [None for ids in first_ids]
+
 calls = []
 
 def late(completion_ids):
@@ -64,8 +76,7 @@ def train(command: str, prompts: str, out: Path, *flags: str) -> Path:
 
 
 BYTES = ["--reward", "py:fresh_functions:more_bytes"]
-# At seed 0 the judge happens to leave out the first answer of every prompt of a rollout, which is an error.
-JUDGED = ["--judge", "py:fresh_functions:judge", "--seed", "1"]
+JUDGED = ["--judge", "py:fresh_functions:judge"]
 FRESH = {"loss", "kl", "entropy", "length", "unfinished", "kept", "grad_norm", "draw_seconds"}
 PREFERENCES = FRESH | {"accuracy", "margin", "chosen_logprob", "rejected_logprob"}
 
@@ -98,7 +109,7 @@ def test_online_dpo_with_a_judge(prompts: str, tmp_path: Path, capsys: pytest.Ca
     unscored = sum(rollout["missed"].get("unscored", 0) for rollout in rollouts)
     told = " ".join(capsys.readouterr().err.split())
     assert unscored > 0 and f"learned from {12 - unscored} of 12 prompts drawn; {unscored} had too few" in told
-    for row, rollout in zip(metrics, rollouts, strict=True):
+    for row, rollout in zip(metrics, (some for some in rollouts if some["kept"]), strict=True):
         assert row["kept"] == rollout["kept"] / 4 < 1 or not rollout["missed"]
         first, second = (answer["reward"] for answer in rollout["answers"])
         assert first is second is None or first + second == 1
@@ -158,7 +169,8 @@ def test_a_run_repeats_to_the_last_bit(name: str, prompts: str, tmp_path: Path) 
     for file in ("evals.jsonl", "samples.jsonl", "model/model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
     losses = [[row["loss"] for row in rows_of(run, "metrics")] for run in (first, again)]
-    assert losses[0] == losses[1] and len(losses[0]) == 3
+    learned = [row["kept"] > 0 for row in rows_of(first, "rollouts")]
+    assert losses[0] == losses[1] and len(losses[0]) == sum(learned) and len(learned) == 3
     assert (first / "checkpoints" / "step-00000002" / "model.safetensors").exists()
 
 
@@ -209,10 +221,35 @@ def test_rollouts_of_ties_are_no_steps(prompts: str, tmp_path: Path, capsys: pyt
     assert [row["step"] for row in rows_of(out, "metrics")] == [1, 2] and len(rows_of(out, "rollouts")) == 3
 
 
+@pytest.mark.parametrize("command", ["online-dpo", "raft"])
+def test_rollouts_without_any_score_are_passed_over(
+    command: str, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"late_for_{command[:4]}.py").write_text(FUNCTIONS)
+    late = ["--reward", f"py:late_for_{command[:4]}:never_at_first", "--group-size", "2"]
+    rollouts = rows_of(out := train(command, prompts, tmp_path / "late", *late), "rollouts")
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("rollout 1: none of 8 answers has a score. Such rollouts are passed over") == 1
+    assert "ended after 2 of 3 steps" in told and "4 had too few answers with a score" in told
+    assert rollouts[0]["reward"] is rollouts[0]["kl"] is None and rollouts[0]["missed"] == {"unscored": 4}
+    assert [row["health"].get("unscored") for row in rollouts] == [1, 1, 1]
+    assert [row["step"] for row in rows_of(out, "metrics")] == [1, 2]
+    judged = [["--judge", "py:fresh_functions:never_judged"]] * (command == "online-dpo")
+    for flags in [["--reward", "py:fresh_functions:never"], *judged]:
+        run = tmp_path / flags[0]
+        given = ["--model", "tiny", "--data", prompts, "--out", str(run), *FAST, *flags]
+        assert main([command, *given]) == 2
+        assert "gave None for every answer of 3 rollouts" in " ".join(capsys.readouterr().err.split())
+        assert len(rows_of(run, "rollouts")) == 3 and not (run / "model").exists()
+
+
 MISTAKES = {
     "nobody says which is better": (["online-dpo"], r"--reward and --judge: give one"),
     "two say it": (["online-dpo", *BYTES, "--judge", "rule:length"], r"--reward and --judge: give one"),
-    "unknown judge": (["online-dpo", "--judge", "llm:big"], r"unknown judge 'llm:big'.*reward:R.*rule:.*py:"),
+    "unknown judge": (
+        ["online-dpo", "--judge", "gpt:big"],
+        r"unknown judge 'gpt:big'.*reward:R.*rule:.*py:.*llm:.*labels:",
+    ),
     "unknown rule": (["online-dpo", "--judge", "rule:lenght"], r"rule:lenght.*rule:length"),
     "unknown reward of a judge": (["online-dpo", "--judge", "reward:lenght"], r"unknown reward 'lenght'"),
     "no such run": (["online-dpo", "--judge", "reward:./nowhere"], r"no folder \./nowhere"),

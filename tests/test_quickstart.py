@@ -15,7 +15,7 @@ from trimtab.recipes.quickstart import Quickstart, labelled_pairs, with_sizes
 from trimtab.records import Answer, Prompt
 from trimtab.sampling import Samples
 
-METHODS = ["start", "best-of-16", "dpo"]
+METHODS = ["start", "best-of-16", "dpo", "rloo"]
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def test_every_method_has_its_figures_with_intervals(summary: tuple[Path, dict])
     for row in told["methods"]:
         for name in ("gold", "proxy", "kl", "length", "gold_gain"):
             assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
-    start, best, dpo = told["methods"]
+    start, best, dpo, rloo = told["methods"]
     assert start["kl"]["value"] == 0 and start["gold_gain"]["value"] == 0
     assert best["kl"]["value"] == pytest.approx(math.log(16) - 15 / 16)
     assert best["proxy"]["value"] > start["proxy"]["value"]
-    assert dpo["kl"]["value"] > 0
+    assert dpo["kl"]["value"] > 0 and rloo["kl"]["value"] > 0
 
 
 def test_the_page_the_texts_and_the_frontier_are_there(summary: tuple[Path, dict]) -> None:
@@ -50,7 +50,53 @@ def test_the_page_the_texts_and_the_frontier_are_there(summary: tuple[Path, dict
     points = [point for point in told["frontier"] if point["method"] == "best-of-n"]
     assert [point["n"] for point in points] == [1, 2, 4, 8, 16]
     assert points[0]["gold"] == pytest.approx(told["methods"][0]["gold"]["value"])
-    assert any(point["method"] == "dpo" and point["step"] for point in told["frontier"])
+    for name in ("dpo", "rloo"):
+        path = [point for point in told["frontier"] if point["method"] == name]
+        assert [point["step"] is None for point in path] == [False, True] and path[1]["kl"] > path[0]["kl"] > 0
+    assert "RLOO, step by step" in page and "At equal KL" in page and "quickstart/rloo" in page
+
+
+def test_the_reward_of_rl_is_the_demos_own_reward_model(summary: tuple[Path, dict]) -> None:
+    out, told = summary
+    rollouts = [json.loads(line) for line in (out / "rloo" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 6 and len(rollouts[0]["answers"]) == 4
+    flags = ["--reward", str(out / "reward"), "--overwrite"]
+    scored = out.parent / "scored.jsonl"
+    answers = [
+        {"prompt": [{"role": "user", "content": rollouts[0]["prompt"]}], "completion": a["text"], "finished": False}
+        for a in rollouts[0]["answers"]
+    ]
+    (out.parent / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    assert main(["score", *flags, "--data", str(out.parent / "answers.jsonl"), "--out", str(scored)]) == 0
+    asked = {json.loads(line)["prompt"][0]["content"] for line in (out / "prompts.jsonl").read_text().splitlines()}
+    assert len(asked) == 12 and {rollout["prompt"] for rollout in rollouts} <= asked
+    again = [json.loads(line)["reward"] for line in scored.read_text().splitlines()]
+    assert again == pytest.approx([a["reward"] for a in rollouts[0]["answers"]], abs=0.02)
+    assert any("trimtab rl --algorithm rloo" in command for command in told["commands"])
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        (["rlo"], "--methods rlo: give some of best-of-n, dpo, reinforce"),
+        (["dpo", "dpo"], "each once"),
+        (["dapo"], "--minibatches 16"),
+    ],
+)
+def test_methods_that_cannot_run_are_refused_at_once(methods: list[str], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        with_sizes(Quickstart(methods=tuple(methods)))
+
+
+def test_other_algorithms_take_their_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    sizes = ["--prompts", "9", "--held-out-prompts", "2", "--n", "2", "--max-new-tokens", "6", "--rl-rollouts", "2"]
+    out = tmp_path / "run"
+    assert main(["quickstart", "--model", "tiny", "--out", str(out), *sizes, "--methods", "ppo", "grpo"]) == 0
+    told = json.loads((out / "summary.json").read_text())
+    assert [row["method"] for row in told["methods"]] == ["start", "ppo", "grpo"]
+    steps = [len((out / name / "metrics.jsonl").read_text().splitlines()) for name in ("ppo", "grpo")]
+    assert steps == [2 * 4, 2] and not (out / "dpo").exists()
 
 
 def test_what_quickstart_leaves_works_as_input(summary: tuple[Path, dict], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from trimtab.algorithms import ALGORITHMS
 from trimtab.cli import main
-from trimtab.recipes.rl import prompt_means
+from trimtab.recipes.online import prompt_means
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Say {i}."}], "answer": str(i)} for i in range(8)]
 PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
@@ -188,6 +188,12 @@ def some(prompts, completions, answer):
 def none(completions):
     return [None for text in completions]
 
+asked = []
+
+def never_at_first(completions):
+    asked.append(len(completions))
+    return [None if len(asked) == 1 else float(i) for i in range(len(completions))]
+
 def broken(completions):
     return [float("nan") for text in completions]
 """
@@ -202,11 +208,35 @@ def test_functions_may_leave_answers_out_but_not_all(
     assert [answer["reward"] is None for answer in rows_of(out, "rollouts")[0]["answers"]] == [True, False, False, True]
     given = ["rloo", "--model", "tiny", "--data", prompts, *FAST]
     for name, expected in {
-        "none": "none gave None for all 16 answers",
+        "none": "none gave None for every answer of 3 rollouts",
         "broken": "nan.*the answer .* to the prompt",
     }.items():
         assert main([*given, "--out", str(tmp_path / name), "--reward", f"py:rewards_for_rl:{name}"]) == 2
         assert re.search(expected, capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_rollout_without_any_score_is_passed_over_and_said_once(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = run_rl("ppo", prompts, tmp_path / "run", "--reward", "py:late_rewards:never_at_first", "--steps", "2")
+    told, rollouts = " ".join(capsys.readouterr().err.split()), rows_of(out, "rollouts")
+    assert told.count("rollout 1: none of 16 answers has a score. Such rollouts are passed over") == 1
+    assert rollouts[0]["reward"] is rollouts[0]["reward_std"] is rollouts[0]["kl"] is None
+    assert [row["health"].get("unscored") for row in rollouts] == [1, 1] and rollouts[1]["reward"] == 7.5
+    assert [row["step"] for row in rows_of(out, "metrics")] == [1, 2]
+
+
+def test_held_out_prompts_without_a_score_have_no_figure(
+    prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "held_out_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ["--reward", "py:held_out_rewards:never_at_first", "--eval-data", prompts, "--eval-every", "3"]
+    first, last = rows_of(run_rl("rloo", prompts, tmp_path / "run", *flags), "evals")
+    assert "none of 16 held-out answers has a score" in " ".join(capsys.readouterr().err.split())
+    assert first["reward"] is None and first["kl"] == pytest.approx(0, abs=1e-5) and last["reward"] == 7.5
 
 
 def test_an_unhealthy_rollout_is_told_in_words(

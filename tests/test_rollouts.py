@@ -28,6 +28,7 @@ from trimtab.recipes.rl import critic_first
 from trimtab.records import Answer, Prompt
 from trimtab.rewards import RuleReward, mixture
 from trimtab.rollouts import (
+    PATIENCE,
     Account,
     History,
     Stages,
@@ -223,10 +224,49 @@ def test_an_answer_without_reward_counts_for_nothing(name: str) -> None:
     torch.testing.assert_close(found.batch.advantages[kept][:, : expected.shape[1]], expected)
 
 
-def test_when_all_rewards_are_none_the_reward_is_named() -> None:
-    samples = answered([[1, END], [2, END]], [True, True])
-    with pytest.raises(ValueError, match="picky gave None for all 2 answers"):
-        roll(samples, only(), ALGORITHMS["reinforce"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rollout_without_any_reward_is_passed_over_and_changes_nothing(name: str) -> None:
+    row = ALGORITHMS[name]
+    samples = answered([[1, END], [1, 2, 3, END], [9, 9], [2, END]], [True, True, False, True], n=2)
+    critic, told = zeros if row.critic else None, []
+    count = 4 + 2 * (row.advantage == "remax")  # remax asks about a greedy answer to each prompt as well
+    greedy = answered([[1, END], [2, END]], [True, True])
+    stages = stages_around(samples, only(*range(count, 2 * count)), critic=critic, greedy=lambda prompts: greedy)
+    history = History(AdaptiveCoefficient(0.1), KlBudget(9.0))
+    start = asdict(history)
+
+    def watch(account: Account) -> None:
+        told.append((account, asdict(history)))
+
+    asked = iter([samples.prompts] * 3)
+    batches = list(policy_batches(asked, stages, row, history, group_size=2, seed=0, watch=watch))
+    first, kept = told[0]
+    assert ["none of 4 answers has a score" in text for text in first.warnings].count(True) == 1
+    assert not first.batch.mask.any() and kept["health"]["seen"]["unscored"] == 1
+    assert {**kept, "health": 0, "rollouts": 0} == {**start, "health": 0, "rollouts": 0} and kept["rollouts"] == 1
+    assert kept["health"]["usual_kl"] is None
+    assert len(batches) == row.epochs * min(row.minibatches, 2) and all(batch.mask.any() for batch in batches)
+    assert (history.rollouts, history.scored, history.health.seen["unscored"]) == (3, 1, 2)
+
+
+def test_a_run_without_any_score_ends_with_the_reward_named() -> None:
+    samples, watched = answered([[1, END], [2, END]], [True, True]), []
+    for asked, rollouts in ((3, 3), (99, PATIENCE)):
+        history = History(FixedCoefficient(0.0))
+        stages = stages_around(samples, only())
+        batches = policy_batches(
+            iter([samples.prompts] * asked),
+            stages,
+            ALGORITHMS["reinforce"],
+            history,
+            group_size=1,
+            seed=0,
+            watch=watched.append,
+        )
+        with pytest.raises(ValueError, match=f"picky gave None for every answer of {rollouts} rollouts"):
+            list(batches)
+        assert history.rollouts == rollouts
+    assert len(watched) == 3 + PATIENCE, "each was seen"
 
 
 def test_the_parts_of_a_mixture_are_asked_once_and_kept() -> None:
@@ -440,7 +480,8 @@ def test_a_run_goes_on_from_its_history_as_if_it_had_not_stopped() -> None:
     list(batches_of(stages, row, half, rollouts=2))
     stored = json.loads(json.dumps(asdict(half)))
     kinds = {entry.name: type(getattr(half, entry.name)) for entry in fields(half)}
-    again = History(**{name: kinds[name](**value) if name != "rollouts" else value for name, value in stored.items()})
+    made = {name: kinds[name](**value) if isinstance(value, dict) else value for name, value in stored.items()}
+    again = History(**made)
     resumed: list[Account] = []
     list(batches_of(stages, row, again, rollouts=1, watch=resumed.append))
     assert asdict(again) == asdict(whole) and again.rollouts == 3 and isinstance(again.health, Health)

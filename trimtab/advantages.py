@@ -252,13 +252,15 @@ def scaled(scores: PerSequence, moments: RunningMoments, *, clip: Positive = mat
     return (scores / moments.std).clamp(-clip, clip)
 
 
-def with_unfinished_score(scores: PerSequence, finished: Bool[Tensor, " B"], unfinished_score: float) -> PerSequence:
-    """The scores, with one score for every answer that did not end by itself, however good it is.
+def with_unfinished_score(
+    scores: PerSequence, finished: Bool[Tensor, " B"], unfinished_score: float | None
+) -> PerSequence:
+    """The scores, with one score for every answer that did not end by itself, however good it is, if one is given.
 
     The "EOS trick" of Stiennon et al. 2020's released code, which gives -1; it means something only where scores are
     centred around 0.
     """
-    return torch.where(finished, scores, unfinished_score)
+    return scores if unfinished_score is None else torch.where(finished, scores, unfinished_score)
 
 
 SCORE_SHAPES: dict[str, Callable[..., PerSequence]] = {"raw": raw, "normalized": normalized, "scaled": scaled}

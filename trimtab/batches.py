@@ -261,9 +261,11 @@ class Rollouts:
 
     @property
     def mean_kl(self) -> float:
-        """The mean log-ratio of an answer to the reference, nats: an unbiased estimate of KL(policy || reference)."""
-        ratio = torch.where(self.mask, self.logprobs - self.ref_logprobs, 0).sum()
-        return (ratio / self.valid.sum().clamp(min=1)).item()
+        """The mean log-ratio of an answer to the reference, nats: an unbiased estimate of KL(policy || reference).
+
+        NaN where no answer has a score.
+        """
+        return (torch.where(self.mask, self.logprobs - self.ref_logprobs, 0).sum() / self.valid.sum()).item()
 
 
 @dataclass(frozen=True)
@@ -352,15 +354,14 @@ def stacked(first: Tokens, second: Tokens) -> Tokens:
     return Tokens(both("ids"), both("attention_mask"), both("response_mask"))
 
 
-B = TypeVar("B", DemonstrationBatch, PairBatch, RankingBatch, FeedbackBatch)
+B = TypeVar("B", bound=Any)
 
 
 @dataclass(frozen=True)
-class Referenced(Generic[B]):
-    """A batch with the reference's log-probabilities, one per token of its rows, zero outside the responses."""
+class Around(Generic[B]):
+    """A batch inside another, which has the same rows and items."""
 
     batch: B
-    logprobs: PerToken
 
     @property
     def tokens(self) -> Tokens:
@@ -372,6 +373,13 @@ class Referenced(Generic[B]):
 
     def item_rows(self) -> Tensor:
         return self.batch.item_rows()
+
+
+@dataclass(frozen=True)
+class Referenced(Around[B]):
+    """A batch with the reference's log-probabilities, one per token of its rows, zero outside the responses."""
+
+    logprobs: PerToken
 
     def select(self, items: Tensor) -> Referenced[B]:
         rows = rows_of(items, self.item_rows())
@@ -379,25 +387,13 @@ class Referenced(Generic[B]):
 
 
 @dataclass(frozen=True)
-class FreshBatch:
+class FreshBatch(Around[DemonstrationBatch | Referenced[PairBatch]]):
     """A batch made of answers that the policy just drew, and figures about everything that was drawn for it.
 
     Every part of the batch carries all of the figures: they are means, and adding a mean to itself leaves it as it is.
     """
 
-    batch: DemonstrationBatch | Referenced[PairBatch]
     figures: Mapping[str, Mean]
-
-    @property
-    def tokens(self) -> Tokens:
-        return self.batch.tokens
-
-    @property
-    def size(self) -> int:
-        return self.batch.size
-
-    def item_rows(self) -> Tensor:
-        return self.batch.item_rows()
 
     def select(self, items: Tensor) -> FreshBatch:
         return FreshBatch(self.batch.select(items), self.figures)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from trimtab.attention import FLEX, Attention, can_take_flex, implementation_of, layout_masks, set_flex
+from trimtab.attention import FOR_DEVICE, OWN, Attention, can_take_own, implementation_of, layout_masks, set_attention
 from trimtab.batches import PerToken, Tokens, move
 from trimtab.layout import Arrangement, Layout, arrange, lay_out, pair_price, positions_of
 from trimtab.precision import Precision
@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 FLEX_PROBE = 200
 """Tokens of each row that FlexAttention is tried on: more than one of its blocks of 128."""
+SHORT_PROBE = 9
 FLOAT32 = Precision(None, "float32")
 UNFIT = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
 """What a transformer raises when it is given a mask that it was not written for."""
@@ -56,7 +57,7 @@ def run_rows(model: nn.Module, tokens: Tokens) -> Any:
     return model(input_ids=tokens.ids, attention_mask=tokens.attention_mask.long(), use_cache=False, **positions)
 
 
-def probe_tokens(network: PreTrainedModel, length: int = 9) -> Tokens:
+def probe_tokens(network: PreTrainedModel, length: int = SHORT_PROBE) -> Tokens:
     """Two rows of random ids with one prompt of a third of `length`, the second padded on the left by two.
 
     No real id is the padding id, by which transformers' own classifiers find a row's end.
@@ -90,9 +91,9 @@ class Body(nn.Module):
 
     @property
     def attention(self) -> str:
-        """What runs layouts: "flex" for FlexAttention, else the name of transformers' implementation."""
+        """What runs layouts: "flex", "blocked", or the name of transformers' implementation."""
         implementation = implementation_of(self.network)
-        return "flex" if implementation == FLEX else implementation
+        return next((own for own, name in OWN.items() if name == implementation), implementation)
 
     def layout(self, tokens: Tokens) -> Layout | None:
         """How these rows are run; None for as they are."""
@@ -129,8 +130,9 @@ class Body(nn.Module):
 
         Without both, rows run as they are.
 
-        `attention` runs layouts: "auto" is FlexAttention on CUDA, if it gives what the family's own attention gives on
-        some random tokens in `precision`. FlexAttention puts all rows into one sequence, whatever the capacity.
+        `attention` runs layouts: "auto" is FlexAttention on CUDA and blocks of queries on CPUs, if they give what the
+        family's own attention gives on some random tokens in `precision`. FlexAttention puts all rows into one
+        sequence, whatever the capacity.
 
         ValueError for what the family, the device or the other arguments do not allow.
         """
@@ -142,55 +144,60 @@ class Body(nn.Module):
             raise ValueError(f"attention {attention} has no effect on rows as they are: share prompts or pack as well.")
         if lays_out and not self.can_lay_out:
             raise ValueError(f"{name} cannot run several rows in one sequence; leave packing and prompt sharing off.")
-        if attention == "sdpa" and self.attention not in ("sdpa", "flex"):
+        if attention == "sdpa" and self.attention not in ("sdpa", *OWN):
             raise ValueError(f"attention sdpa: {name} runs its own, {self.attention}. Use attention auto.")
         self._choose_attention(attention if lays_out else "sdpa", precision)
         self.arrangement = Arrangement(share, capacity) if lays_out else None
 
     def _choose_attention(self, attention: Attention, precision: Precision) -> None:
-        tries_flex = attention == "flex" or (attention == "auto" and self.network.device.type == "cuda")
-        problem = self.why_not_flex(precision) if tries_flex else None
-        if attention == "flex" and problem:
-            raise ValueError(f"attention flex: {problem}. Use attention auto.")
-        set_flex(self.network, tries_flex and not problem)
-        asked = "as asked" if attention != "auto" else problem or f"chosen for {self.network.device.type}"
+        device = self.network.device.type
+        own = FOR_DEVICE.get(device) if attention == "auto" else attention if attention in OWN else None
+        problem = self.why_not(own, precision) if own else None
+        if problem and attention in OWN:
+            raise ValueError(f"attention {attention}: {problem}. Use attention auto.")
+        set_attention(self.network, None if problem else own)
+        asked = "as asked" if attention != "auto" else problem or f"chosen for {device}"
         self.why = f"{self.attention}: {asked}"
 
-    def why_not_flex(self, precision: Precision) -> str | None:
-        """What keeps this model from FlexAttention; None if it runs and agrees, gradients included."""
-        if not can_take_flex(self.network):
+    def why_not(self, own: str, precision: Precision) -> str | None:
+        """What keeps this model from one of our attentions; None if it runs and agrees, gradients included."""
+        device = self.network.device.type
+        if not can_take_own(self.network):
             return f"{type(self.network).__name__} does not leave its attention to transformers' sdpa"
-        if self.trains and self.network.device.type == "cpu":
+        if own == "flex" and self.trains and device == "cpu":
             return "FlexAttention has no backward pass on CPUs"
-        return self.flex_disagrees(precision)
+        if own == "blocked" and device != "cpu":
+            return f"blocks of queries are for CPUs, and this is {device}"
+        return self.disagrees(own, precision)
 
     @property
     def trains(self) -> bool:
         """Whether any weight has a gradient."""
         return any(parameter.requires_grad for parameter in self.network.parameters())
 
-    def flex_disagrees(self, precision: Precision) -> str | None:
-        """How FlexAttention differs from the model's own attention, which it keeps afterwards; None if it agrees.
+    def disagrees(self, own: str, precision: Precision) -> str | None:
+        """How one of our attentions differs from the family's, which is set afterwards; None if it agrees.
 
-        On random rows of more than one of its blocks.
+        On random rows; for FlexAttention, of more than one of its blocks.
         """
         longest = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        tokens = probe_tokens(self.network, min(FLEX_PROBE, longest or FLEX_PROBE))
+        length = FLEX_PROBE if own == "flex" else SHORT_PROBE
+        tokens = probe_tokens(self.network, min(length, longest or length))
         layout = lay_out(tokens, share=True)
-        set_flex(self.network, False)
+        set_attention(self.network, None)
         with precision.context(self.network.device):
             expected = probe(self, tokens, layout, as_rows=True)
             try:
-                set_flex(self.network, True)
+                set_attention(self.network, own)
                 found = probe(self, tokens, layout, as_rows=False)
-            except UNFIT as error:  # its compiler's errors are RuntimeErrors; the run says why it goes without
+            except UNFIT as error:  # a compiler's errors are RuntimeErrors; the run says why it goes without
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                return f"FlexAttention failed on this {self.network.device.type} ({reason})"
+                return f"{own} attention failed on this {self.network.device.type} ({reason})"
             finally:
-                set_flex(self.network, False)
+                set_attention(self.network, None)
         tolerance = 5e-2 if precision.autocast else 1e-3
         agrees = all(relative_error(*pair) < tolerance for pair in zip(found, expected, strict=True))
-        return None if agrees else "FlexAttention gives other states or gradients than the model's own attention"
+        return None if agrees else f"{own} attention gives other states or gradients than the model's own attention"
 
     @cached_property
     @torch.no_grad()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
+from trimtab.untrusted import printable, read_yaml_mapping
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,37 @@ COMMANDS = {
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
     "evaluate reward": Command(
-        "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs"
+        "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs, RewardBench"
+    ),
+    "evaluate win-rate": Command(
+        "evaluate_win_rate", "EvaluateWinRate", "evaluate_win_rate", "which system answers better, under a judge"
+    ),
+    "evaluate agreement": Command(
+        "evaluate_agreement", "EvaluateAgreement", "evaluate_agreement", "how far annotators agree; one reward or not"
+    ),
+    "evaluate drift": Command(
+        "evaluate_drift", "EvaluateDrift", "evaluate_drift", "how far a policy has moved: KL, entropy, length, ..."
+    ),
+    "evaluate diversity": Command(
+        "evaluate_diversity", "EvaluateDiversity", "evaluate_diversity", "how much the answers of a file differ"
+    ),
+    "evaluate length-bias": Command(
+        "evaluate_length_bias", "EvaluateLengthBias", "evaluate_length_bias", "whether a reward favours long answers"
+    ),
+    "evaluate sycophancy": Command(
+        "evaluate_sycophancy", "EvaluateSycophancy", "evaluate_sycophancy", "whether answers follow the user's opinion"
+    ),
+    "evaluate multiple-choice": Command(
+        "evaluate_choices", "EvaluateChoices", "evaluate_choices", "capability by likelihood, before against after"
+    ),
+    "evaluate consistency": Command(
+        "evaluate_consistency", "EvaluateConsistency", "evaluate_consistency", "position bias of judges; paraphrases"
+    ),
+    "evaluate frontier": Command(
+        "evaluate_frontier", "EvaluateFrontier", "evaluate_frontier", "reward against KL, all checkpoints, best-of-n"
+    ),
+    "evaluate harness": Command(
+        "evaluate_harness", "EvaluateHarness", "evaluate_harness", "tasks of lm-evaluation-harness (extra `eval`)"
     ),
     "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
@@ -65,7 +96,7 @@ COMMANDS = {
 }
 
 USAGE_ERROR = 2
-USERS_ERRORS = (ValueError, OSError, FloatingPointError)
+USERS_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
 """What is told in a line; anything else is our own mistake and comes with its traceback."""
 
 
@@ -84,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USERS_ERRORS as error:
         if os.environ.get("TRIMTAB_DEBUG"):
             raise
-        print(f"trimtab: {error}", file=sys.stderr)
+        told = "there is not enough memory for this" if isinstance(error, MemoryError) else str(error)
+        print(f"trimtab: {printable(told)}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         print("trimtab: interrupted", file=sys.stderr)
@@ -196,6 +228,8 @@ def expand_config(config: type, arguments: Sequence[str], command: str) -> list[
     overridden = {word.removeprefix("--") for word in overridden}
     if overridden & {"steps", "epochs"}:
         overridden |= {"steps", "epochs"}  # two ways to say one thing: the command line's is meant
+    if "--trust-remote-code" in flags and "trust-remote-code" not in overridden:
+        raise ValueError("the --config file asks for trust_remote_code, which a file cannot grant: type it as a flag.")
     return [flag for name, words in pairs_of(flags) if name not in overridden for flag in words] + rest
 
 
@@ -212,25 +246,34 @@ def pairs_of(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 def flags_of_file(config: type, path: Path, command: str) -> list[str]:
     """The flags that a `config.yaml` stands for. Raises ValueError for keys that the command does not have."""
-    import yaml
-
     if path.is_dir():
         path = path / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"--config {path}: there is no such file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path} is not readable as YAML: {error}") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected `flag: value` lines, found {type(loaded).__name__}.")
+        loaded = read_yaml_mapping(path)
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from None
     if loaded.get("command") not in (None, command):
         raise ValueError(f"--config {path} is of `trimtab {loaded['command']}`, not of `trimtab {command}`.")
     known = field_names(config)
     unknown = sorted(str(key) for key in loaded if key not in known and key != "command")
     if unknown:
         raise ValueError(f"--config {path} has unknown keys {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
+    for key, value in loaded.items():
+        check_value(path, str(key), value)
     return [word for key, value in loaded.items() if key != "command" for word in flag_words(str(key), value)]
+
+
+def check_value(path: Path, key: str, value: Any) -> None:
+    """Refuse what no flag can say, and flags in the place of values."""
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, list | dict | bytes):
+            raise ValueError(
+                f"--config {path}: {key}: found {type(item).__name__}, expected a value or a list of values."
+            )
+        if isinstance(item, str) and (item.startswith("--") or "\0" in item):
+            raise ValueError(f"--config {path}: {key}: found {item[:60]!r}, which no value looks like.")
 
 
 def field_names(config: type) -> set[str]:

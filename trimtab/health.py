@@ -29,6 +29,7 @@ ADVICE = {
     "empty": "Give a reward that does not like silence, or go back to an earlier checkpoint.",
     "identical": "The policy has collapsed: lower --lr, raise --kl-coef, or go back to an earlier checkpoint.",
     "one_token": "The reward is being gamed: raise --kl-coef, or mend the reward.",
+    "unscored": "Such rollouts are passed over: see what the reward gives None for.",
     "kl_runs_away": "Lower --lr, raise --kl-coef, or set --kl-budget.",
 }
 """What to do about each sign of online RL."""
@@ -43,8 +44,11 @@ class Health:
 
     def look(self, rollouts: Rollouts, texts: Sequence[str]) -> list[str]:
         """The warnings that this rollout is the first to give."""
-        found = signs(rollouts, texts) | self._kl_sign(rollouts.mean_kl)
-        new = [f"{text}. {ADVICE[name]}" for name, text in found.items() if name not in self.seen]
+        return self.count(signs(rollouts, texts) | (self._kl_sign(rollouts.mean_kl) if rollouts.valid.any() else {}))
+
+    def count(self, found: Mapping[str, str], advice: Mapping[str, str] = ADVICE) -> list[str]:
+        """The signs among these that are the first of their kind, each with what to do about it; all are counted."""
+        new = [f"{text}. {advice[name]}" for name, text in found.items() if name not in self.seen]
         for name in found:
             self.seen[name] = self.seen.get(name, 0) + 1
         return new
@@ -63,6 +67,8 @@ def signs(rollouts: Rollouts, texts: Sequence[str]) -> dict[str, str]:
     cut = int((~rollouts.finished).sum())
     if cut > MOST * total:
         found["cut"] = f"{cut} of {total} answers were cut at the length limit"
+    if not rollouts.valid.any():
+        found["unscored"] = f"none of {total} answers has a score"
     flat, groups = groups_without_spread(rollouts)
     if flat > MOST * groups:
         found["no_spread"] = f"in {flat} of {groups} groups all answers have the same reward"

@@ -70,11 +70,12 @@ def exact_kl(logprobs: Float[Tensor, "N V"], ref_logprobs: Float[Tensor, "N V"])
     Summed along an answer that the policy drew it is an unbiased estimate of the answer's KL, never negative and with
     less variance than `k1`, which it is the conditional expectation of. Its gradient is that of the KL at the tokens
     before it as they are; that the policy also chooses where it goes is left to the reward. A token that the policy
-    rules out (log-probability -inf) adds nothing; one that only the reference rules out makes the KL infinite.
+    rules out (probability 0, as a number) adds nothing; one that only the reference rules out makes the KL infinite.
     """
-    possible = logprobs > float("-inf")
+    shares = logprobs.exp()
+    possible = shares > 0
     difference = torch.where(possible, logprobs, 0) - torch.where(possible, ref_logprobs, 0)
-    return (logprobs.exp() * difference).sum(-1)
+    return (shares * difference).sum(-1)
 
 
 # ---- Estimators as losses: what counts is their gradient

@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from trimtab.batches import Mean, PerToken, Tokens, pieces
 from trimtab.progress import console
+from trimtab.untrusted import printable
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -126,8 +127,8 @@ class Leaving:
             if os.environ.get("TRIMTAB_DEBUG") or not isinstance(error, told):
                 traceback.print_exception(error)
             who = "" if isinstance(error, OtherRankFailed) else f"rank {rank()} of {ranks()}: "
-            said = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{who}{error}"
-            print(f"trimtab: {said}", file=sys.stderr)
+            said = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{who}{error or type(error).__name__}"
+            print(f"trimtab: {printable(said)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.status if isinstance(error, Exception) else INTERRUPTED)

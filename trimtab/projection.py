@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from trimtab.kl import exact_kl
 from trimtab.precision import fast_products
 
 CHUNK_ROWS = 256
+CACHED_ROWS = 16
+"""Rows of logits that a CPU passes over several times while its cache holds them."""
 
 States = Float[Tensor, "N D"]
 Chosen = Float[Tensor, " N"]
@@ -61,9 +63,13 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
-    def logits(self, states: States) -> Float[Tensor, "N V"]:
-        """Float32 logits of some positions."""
-        return self.shaped(F.linear(states.to(self.weight.dtype), self.weight, self.bias))
+    def logits(self, states: States, memory: Tensor | None = None) -> Float[Tensor, "N V"]:
+        """Float32 logits of some positions, in the first rows of `memory` if that is given."""
+        states, weight = states.to(self.weight.dtype), self.weight.t()
+        into = None if memory is None else memory[: len(states)]
+        if self.bias is None:
+            return self.shaped(torch.mm(states, weight, out=into))
+        return self.shaped(torch.addmm(self.bias, states, weight, out=into))
 
     def shaped(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Logits from what the linear map gave."""
@@ -92,7 +98,17 @@ def log_distributions(head: Head | None, states: States, *, fast: bool) -> Float
     with fast_products(states.device, allowed=fast):
         logits = states.float() if head is None else head.logits(states)
     # The arithmetic of `measured`, bit for bit, so that a policy's KL from itself is exactly zero.
-    return logits - logits.logsumexp(-1, keepdim=True)
+    return logits - normalizers_of(logits)[:, None]
+
+
+def normalizers_of(logits: Float[Tensor, "N V"]) -> Chosen:
+    """log sum_v exp(logits)."""
+    return torch.cat([some.logsumexp(-1) for some in logits.split(cached_rows(logits))])
+
+
+def cached_rows(logits: Tensor) -> int:
+    """How many rows of logits to pass over at a time."""
+    return CACHED_ROWS if logits.device.type == "cpu" else max(1, len(logits))
 
 
 def logprobs_of(head: Head | None, states: States, targets: Int[Tensor, " N"], *, fast: bool) -> Chosen:
@@ -134,9 +150,7 @@ def divergence_from(others: Callable[[slice], Float[Tensor, "N V"]]) -> Measure:
     """KL(p || q) in nats, where `others` gives the log-probabilities q of some rows."""
 
     def measure(logprobs: Float[Tensor, "N V"], rows: slice) -> Chosen:
-        shares, other = logprobs.exp(), others(rows).to(logprobs.device)
-        # A token that p rules out adds nothing, whatever q says of it.
-        return torch.where(shares > 0, shares * (logprobs - other), 0).sum(-1)
+        return exact_kl(logprobs, others(rows).to(logprobs.device))
 
     return measure
 
@@ -150,13 +164,13 @@ class _ProjectInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states, weight, bias, targets, head: Head, fast: bool, measures):  # noqa: PLR0917
-        normalizers, chosen = [], []
+        normalizers, chosen, memory = [], [], logits_memory(head, states)
         others: list[list[Tensor]] = [[states.new_empty(0, dtype=torch.float32)] for _ in measures]
         for start in range(0, max(len(states), 1), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             with fast_products(states.device, allowed=fast):
-                logits = head.logits(states[rows])
-            normalizers.append(logits.logsumexp(-1))
+                logits = head.logits(states[rows], memory)
+            normalizers.append(normalizers_of(logits))
             chosen.append(logits.gather(1, targets[rows, None])[:, 0] - normalizers[-1])
             if measures:
                 logits.sub_(normalizers[-1][:, None])
@@ -173,26 +187,39 @@ class _ProjectInChunks(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         states, weight, bias, targets, normalizers = ctx.saved_tensors
         head = Head(weight, bias, ctx.head.scale, ctx.head.cap)
+        memory = logits_memory(head, states)
         to_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        to_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         with fast_products(states.device, allowed=ctx.fast):
-            for start in range(0, len(states), CHUNK_ROWS):
+            for start in range(0, max(len(states), 1), CHUNK_ROWS):
                 rows = slice(start, start + CHUNK_ROWS)
-                to_logits = _gradient_of_logits(head, states[rows], targets[rows], normalizers[rows], gradient[rows])
+                logits = head.logits(states[rows], memory)
+                to_logits = _gradient_of_logits(head, logits, targets[rows], normalizers[rows], gradient[rows])
                 if to_states is not None:
                     to_states[rows] = to_logits @ weight
                 if to_weight is not None:
-                    to_weight.addmm_(to_logits.t(), states[rows].to(weight.dtype))
+                    to_weight.addmm_(to_logits.t(), states[rows].to(weight.dtype), beta=min(start, 1))
                 if to_bias is not None:
                     to_bias += to_logits.sum(0)
         return to_states, to_weight, to_bias, None, None, None, None
 
 
-def _gradient_of_logits(head: Head, states: States, targets: Tensor, normalizers: Chosen, gradient: Chosen) -> Tensor:
-    """d(gradient . logprobs) / d(the linear map's output)."""
-    logits = head.logits(states)
-    slope = (1 - (logits / head.cap).square()) * head.scale if head.cap else head.scale
-    result = logits.sub_(normalizers[:, None]).exp_().mul_(-gradient[:, None])
-    result.scatter_add_(1, targets[:, None], gradient[:, None])
-    return result.mul_(slope)
+def logits_memory(head: Head, states: States) -> Tensor:
+    """Room for a chunk's logits, taken once: new memory of that size costs as much as what is written to it."""
+    return head.weight.new_empty(min(len(states), CHUNK_ROWS), len(head.weight))
+
+
+def _gradient_of_logits(
+    head: Head, logits: Float[Tensor, "N V"], targets: Tensor, normalizers: Chosen, gradient: Chosen
+) -> Tensor:
+    """d(gradient . logprobs) / d(the linear map's output), written over the logits unless they were capped."""
+    size = cached_rows(logits)
+    parts = [each.split(size) for each in (logits, targets, normalizers, gradient)]
+    for some, chosen, normalizer, slope in zip(*parts, strict=True):
+        shape = (1 - (some / head.cap).square()) * head.scale if head.cap else head.scale
+        some.sub_(normalizer[:, None]).exp_().mul_(-slope[:, None])
+        some.scatter_add_(1, chosen[:, None], slope[:, None])
+        if head.cap or head.scale != 1.0:
+            some.mul_(shape)
+    return logits

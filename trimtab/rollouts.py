@@ -7,10 +7,10 @@ as the last step left it; never prefetch it.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -81,6 +81,8 @@ class History:
     baseline: RunningBaseline = field(default_factory=RunningBaseline)
     health: Health = field(default_factory=Health)
     rollouts: int = 0
+    scored: int = 0
+    """Rollouts in which some answer has a score."""
 
     @property
     def may_go_on(self) -> bool:
@@ -89,11 +91,14 @@ class History:
 
     def update(self, rollouts: Rollouts) -> None:
         """Take a rollout in: the price of KL, what is left of its budget, the moving baseline."""
+        self.rollouts += 1
+        if not rollouts.valid.any():
+            return
+        self.scored += 1
         kl, answers = rollouts.mean_kl, int(rollouts.valid.sum())
         self.coefficient = self.coefficient.update(kl, answers)
         self.budget = self.budget and self.budget.update(kl)
         self.baseline = self.baseline.update(rollouts.scores, rollouts.valid)
-        self.rollouts += 1
 
 
 @dataclass(frozen=True)
@@ -148,37 +153,54 @@ def policy_batches(
 ) -> Iterator[PolicyBatch]:
     """Sample, score, credit, and hand out minibatches, one for each update. Ends when the KL budget is spent.
 
-    `watch` sees every rollout before the first update on it.
+    `watch` sees every rollout before the first update on it. One in which no answer has a score is passed over; see
+    `check_scored` for when that is an error.
     """
     for asked in prompts:
         account = roll_out(asked, stages, algorithm, history, group_size=group_size)
         watch(account)
+        check_scored(stages.reward, history.rollouts, history.scored)
         if not history.may_go_on:
             return
-        for epoch in range(algorithm.epochs):
+        for epoch in range(algorithm.epochs if account.scored.valid.any() else 0):
             order = derived_seed(seed, account.number, epoch)
             yield from minibatches(account.batch, algorithm.minibatches, seed=order)
+    check_scored(stages.reward, history.rollouts, history.scored, patience=1)
+
+
+PATIENCE = 10
+"""Rollouts at the start of a run that may all be without a score."""
+
+
+def check_scored(reward: Reward, rollouts: int, scored: int, *, patience: int = PATIENCE) -> None:
+    """ValueError, naming the reward, if none of `patience` rollouts or more had an answer with a score.
+
+    Once one had, the run goes on whatever comes: what it learned is not thrown away.
+    """
+    if not scored and rollouts >= patience:
+        raise ValueError(
+            f"{reward.name} gave None for every answer of {rollouts} rollouts, so there is nothing to learn from"
+        )
 
 
 def roll_out(
     prompts: Sequence[Prompt], stages: Stages, algorithm: Algorithm, history: History, *, group_size: int
 ) -> Account:
     """Answers to some prompts, through all stages."""
-    times = [time.perf_counter()]
-    samples = stages.draw(prompts, group_size, step=history.rollouts)
-    times.append(time.perf_counter())
-    scored = score(stages.reward, samples)
-    baseline = expected(scored, stages, algorithm, history)
-    times.append(time.perf_counter())
-    rollouts = refer(scored, baseline, stages, algorithm)
-    times.append(time.perf_counter())
-    price = history.coefficient.value if algorithm.kl_in == "reward" else 0.0
-    history.moments = history.moments.update(rollouts.scores, rollouts.valid)
-    batch = credit(rollouts, stages, algorithm, price=price, moments=history.moments)
-    rewards = token_rewards(rollouts, algorithm, price, history.moments)
-    foreseen = foresight(batch, rewards, algorithm) if stages.critic else math.nan
-    times.append(time.perf_counter())
-    seconds = (end - begin for begin, end in itertools.pairwise(times))
+    seconds: dict[str, float] = {}
+    with timed("sample", seconds):
+        samples = stages.draw(prompts, group_size, step=history.rollouts)
+    with timed("score", seconds):
+        scored = score(stages.reward, samples)
+        baseline = expected(scored, stages, algorithm, history)
+    with timed("refer", seconds):
+        rollouts = refer(scored, baseline, stages, algorithm)
+    with timed("credit", seconds):
+        price = history.coefficient.value if algorithm.kl_in == "reward" else 0.0
+        history.moments = history.moments.update(rollouts.scores, rollouts.valid)
+        batch = credit(rollouts, stages, algorithm, price=price, moments=history.moments)
+        rewards = token_rewards(rollouts, algorithm, price, history.moments)
+        foreseen = foresight(batch, rewards, algorithm) if stages.critic else math.nan
     history.update(rollouts)
     return Account(
         number=history.rollouts,
@@ -187,9 +209,17 @@ def roll_out(
         batch=batch,
         kl_coefficient=price,
         explained_variance=foreseen,
-        seconds=dict(zip(("sample", "score", "refer", "credit"), seconds, strict=True)),
+        seconds=seconds,
         warnings=history.health.look(rollouts, samples.texts),
     )
+
+
+@contextmanager
+def timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Writes down the seconds that a stage takes."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began
 
 
 def minibatches(batch: PolicyBatch, count: int, *, seed: int) -> Iterator[PolicyBatch]:
@@ -212,14 +242,11 @@ def derived_seed(*numbers: int) -> int:
 
 
 def score(reward: Reward, samples: Samples) -> Scored:
-    """Rewards of answers, each part asked once. ValueError, naming the reward, if it leaves all of them out."""
+    """Rewards of answers, each part asked once."""
     prompts, answers = samples.row_prompts, samples.answers
     parts = rewards_of(reward.parts, samples) if isinstance(reward, Mixture) else {}
     rewards = reward.combine(parts) if isinstance(reward, Mixture) else rewards_of(as_one(reward), samples)[""]
-    scored = Scored(samples, checked(reward.name, prompts, answers, rewards), parts)
-    if not scored.valid.any():
-        raise ValueError(f"reward {reward.name} gave None for all {len(answers)} answers, so there is nothing to learn")
-    return scored
+    return Scored(samples, checked(reward.name, prompts, answers, rewards), parts)
 
 
 Parts = Mapping[str, Sequence[float | None]]
@@ -252,15 +279,9 @@ def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: Hist
         return torch.full((len(scored.rewards),), usual)
     samples = stages.greedy(scored.samples.prompts)
     rewards = rewards_of(as_one(stages.reward), samples)[""]
-    greedy = with_cut_score(Scored(samples, rewards).scores(usual), samples.finished, algorithm)
+    scores = Scored(samples, rewards).scores(usual)
+    greedy = with_unfinished_score(scores, samples.finished, algorithm.unfinished_score)
     return greedy.repeat_interleave(scored.samples.n)
-
-
-def with_cut_score(scores: PerSequence, finished: Bool[Tensor, " B"], algorithm: Algorithm) -> PerSequence:
-    """The scores, with the algorithm's score of answers that were cut, if it has one."""
-    if algorithm.unfinished_score is None:
-        return scores
-    return with_unfinished_score(scores, finished, algorithm.unfinished_score)
 
 
 # ---- Refer
@@ -344,7 +365,8 @@ def shaped_scores(rollouts: Rollouts, algorithm: Algorithm, moments: RunningMome
     """The scores as they are credited: shaped by their history, and with the score of answers that were cut."""
     function = SCORE_SHAPES[algorithm.score_shape]
     settings = check_arguments(function, parse_arguments(algorithm.score_arguments))
-    return with_cut_score(function(rollouts.scores, moments, **settings), rollouts.finished, algorithm)
+    scores = function(rollouts.scores, moments, **settings)
+    return with_unfinished_score(scores, rollouts.finished, algorithm.unfinished_score)
 
 
 def token_rewards(rollouts: Rollouts, algorithm: Algorithm, price: float, moments: RunningMoments) -> PerToken:

@@ -7,21 +7,21 @@ prefetched.
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
+from trimtab.advantages import with_unfinished_score
 from trimtab.algorithms import ALGORITHMS
 from trimtab.batches import DemonstrationBatch, FreshBatch, Mean, PairBatch, Referenced, Rollouts
+from trimtab.health import Health
 from trimtab.judges import JudgedReward
 from trimtab.kl import log_ratio
 from trimtab.records import Prompt
-from trimtab.rollouts import Scored, Stages, refer, score
+from trimtab.rollouts import Scored, Stages, check_scored, refer, score, timed
 
 ONE_UPDATE = ALGORITHMS["reinforce"]
 """An algorithm whose answers serve one update, with KL by k1: what `refer` asks of one."""
@@ -57,6 +57,28 @@ class Drawn:
     rollouts: Rollouts
     selection: Selection
     seconds: Mapping[str, float]
+
+
+@dataclass
+class Tally:
+    """What is remembered from one rollout to the next: plain numbers, all of which belong into a checkpoint.
+
+    Of `rollouts`, some answer had a score in `scored`; of the prompts, `kept` gave answers to learn from, and `missed`
+    says why others gave none.
+    """
+
+    rollouts: int = 0
+    scored: int = 0
+    kept: int = 0
+    missed: dict[str, int] = field(default_factory=dict)
+    health: Health = field(default_factory=Health)
+
+    def update(self, drawn: Drawn) -> None:
+        """Take a rollout in."""
+        self.rollouts += 1
+        self.scored += bool(drawn.scored.valid.any())
+        self.kept += drawn.selection.kept
+        self.missed = dict(Counter(self.missed) + Counter(drawn.selection.missed))
 
 
 # ---- Choosing
@@ -128,24 +150,26 @@ def fresh_batches(
     *,
     group_size: int,
     unfinished_score: float | None = None,
+    tally: Tally | None = None,
     watch: Callable[[Drawn], None] = lambda drawn: None,
 ) -> Iterator[FreshBatch]:
     """Sample, score, choose, and hand out one batch for one update.
 
-    Rollouts with nothing to learn from are passed over; `watch` sees every one. ValueError at the end if that was all
-    of them.
+    Rollouts with nothing to learn from are passed over and counted; `watch` sees every one. ValueError at the end if
+    that was all of them, and where `check_scored` says so.
     """
-    missed: Counter[str] = Counter()
-    learned = 0
-    for number, asked in enumerate(prompts, start=1):
+    tally = Tally() if tally is None else tally
+    for asked in prompts:
+        number = tally.rollouts + 1
         drawn = rollout(number, asked, stages, pick, group_size=group_size, unfinished_score=unfinished_score)
+        tally.update(drawn)
         watch(drawn)
-        missed.update(drawn.selection.missed)
+        check_scored(stages.reward, tally.rollouts, tally.scored)
         if drawn.selection.rows:
-            learned += 1
             yield FreshBatch(collect(drawn.rollouts, drawn.selection.rows), figures(drawn, stages))
-    if not learned:
-        counts = ", ".join(f"{count} {reason}" for reason, count in missed.items())
+    check_scored(stages.reward, tally.rollouts, tally.scored, patience=1)
+    if not tally.kept:
+        counts = ", ".join(f"{count} {reason}" for reason, count in tally.missed.items())
         raise ValueError(f"{stages.reward.name} left nothing to learn from in any rollout: of all prompts, {counts}")
 
 
@@ -159,29 +183,23 @@ def rollout(
     unfinished_score: float | None = None,
 ) -> Drawn:
     """Answers to some prompts, and the choice among them."""
-    times = [time.perf_counter()]
-    samples = stages.draw(prompts, group_size, step=number - 1)
-    times.append(time.perf_counter())
-    scored = score(stages.reward, samples)
-    times.append(time.perf_counter())
-    rollouts = refer(scored, torch.zeros(len(samples.tokens)), stages, ONE_UPDATE)
-    times.append(time.perf_counter())
-    seconds = (end - begin for begin, end in itertools.pairwise(times))
-    return Drawn(
-        number=number,
-        scored=scored,
-        rollouts=rollouts,
-        selection=select(with_unfinished_score(scored, unfinished_score), samples.n, pick),
-        seconds=dict(zip(("sample", "score", "refer"), seconds, strict=True)),
-    )
+    seconds: dict[str, float] = {}
+    with timed("sample", seconds):
+        samples = stages.draw(prompts, group_size, step=number - 1)
+    with timed("score", seconds):
+        scored = score(stages.reward, samples)
+    with timed("refer", seconds):
+        rollouts = refer(scored, torch.zeros(len(samples.tokens)), stages, ONE_UPDATE)
+    selection = select(compared_scores(scored, unfinished_score), samples.n, pick)
+    return Drawn(number=number, scored=scored, rollouts=rollouts, selection=selection, seconds=seconds)
 
 
-def with_unfinished_score(scored: Scored, unfinished_score: float | None) -> Scores:
-    """The rewards, with another score for every answer that was cut, if there is one."""
-    if unfinished_score is None:
-        return scored.rewards
-    answers = zip(scored.rewards, scored.samples.finished.tolist(), strict=True)
-    return [reward if reward is None or finished else unfinished_score for reward, finished in answers]
+def compared_scores(scored: Scored, unfinished_score: float | None) -> Scores:
+    """The rewards as answers are compared by them: with another for every answer that was cut, if there is one."""
+    # In float64, which holds a reward as it is: rounding must not make ties.
+    numbers = torch.tensor([reward or 0.0 for reward in scored.rewards], dtype=torch.float64)
+    scores = with_unfinished_score(numbers, scored.samples.finished, unfinished_score).tolist()
+    return [None if reward is None else score for reward, score in zip(scored.rewards, scores, strict=True)]
 
 
 def figures(drawn: Drawn, stages: Stages) -> dict[str, Mean]:

@@ -24,6 +24,7 @@ from rich.text import Text
 from trimtab.batches import DemonstrationBatch, FeedbackBatch, PairBatch, RankingBatch, Tokens
 from trimtab.progress import progress_bar
 from trimtab.records import TEXT, Demonstration, Feedback, Message, Preference, Prompt, Ranking, Record
+from trimtab.untrusted import MOST_TEMPLATE, TEMPLATE_GROWTH, TEMPLATE_MEMORY, TEMPLATE_SECONDS, bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,12 @@ space before the first word of a text, and only something in front of the answer
 
 FIRST_WORDS = ("a", "the", "yes", "I")
 """Words an answer may begin with, to see whether white space before it merges into them."""
+
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, LookupError, ArithmeticError, AttributeError, ValueError, AssertionError),
+    *(RuntimeError, SyntaxError, MemoryError, OSError),
+)
+"""Everything that a template can raise: it is code of somebody else's."""
 
 CHUNK_TEXTS = 512
 """Texts handed to the tokenizer at once: enough to use every core, few enough for the progress bar to move."""
@@ -226,13 +233,21 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, generate: boo
             f"{_where(prompt)}a prompt is either plain text or a conversation, not both: {messages!r:.300}"
         )
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
-    except (TemplateError, TypeError, KeyError) as error:
-        roles = ", ".join(message.role for message in prompt.messages)
+        with bounded(TEMPLATE_SECONDS, TEMPLATE_MEMORY):
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
+    except TEMPLATE_ERRORS as error:
+        roles = ", ".join(message.role for message in prompt.messages[:20])
+        reason = str(error)[:300] or f"it ends in {type(error).__name__}"
         raise ValueError(
-            f"{_where(prompt)}the chat template of {_name(tokenizer)} refuses a conversation of {roles}: {error}"
+            f"{_where(prompt)}the chat template of {_name(tokenizer)} refuses a conversation of {roles}: {reason}"
         ) from error
     assert isinstance(rendered, str)
+    most = MOST_TEMPLATE + TEMPLATE_GROWTH * sum(len(message.content) for message in prompt.messages)
+    if len(rendered) > most:
+        raise ValueError(
+            f"{_where(prompt)}the chat template of {_name(tokenizer)} makes {len(rendered):,} characters of this "
+            f"conversation, expected at most {most:,}. Correct its chat_template."
+        )
     return rendered
 
 

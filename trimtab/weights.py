@@ -9,16 +9,17 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,13 +31,15 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.builtin import BUILTIN_MODELS, builtin_model, written_whole
+from trimtab.model_files import check_files, check_safetensors, own_code, tensor_names
+from trimtab.progress import console
+from trimtab.untrusted import read_json_object
 
 Source = Path | str
 """A folder, or the id of a model on the hub."""
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OLD_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 
 # ---- What a name means
@@ -52,7 +55,9 @@ def resolve(source: Source) -> Source:
         return builtin_model(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _model_folder(path)
+        folder = _model_folder(path)
+        check_files(folder)
+        return folder
     if path.exists():
         raise ValueError(f"--model {name} is a file; give the folder that holds config.json and *.safetensors.")
     known = f"built-in models are {', '.join(BUILTIN_MODELS)}"
@@ -78,18 +83,21 @@ def _is_adapter(source: Source) -> bool:
 
 
 def _base_of(adapter: Path) -> Source:
-    named = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
-    if not named:
+    base = under = _named_base(adapter)
+    passed = {adapter.resolve()}
+    while _is_adapter(under):
+        if (place := Path(under).resolve()) in passed:
+            raise ValueError(f"the adapter {adapter} stands on itself: {place / ADAPTER_CONFIG} leads back to it.")
+        passed.add(place)
+        under = _named_base(Path(under))
+    return base
+
+
+def _named_base(adapter: Path) -> Source:
+    named = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named or not isinstance(named, str):
         raise ValueError(f"{adapter / ADAPTER_CONFIG} does not say which model it adapts (base_model_name_or_path).")
     return resolve(named)
-
-
-def _check_safetensors(folder: Source) -> None:
-    if not isinstance(folder, Path) or any(folder.glob("*.safetensors")):
-        return
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in OLD_WEIGHTS)
-    found = f"only {', '.join(others)}, and loading these can run code. Convert them" if others else "none. Save them"
-    raise ValueError(f"{folder}: weights are read from *.safetensors, but there are {found} with save_pretrained.")
 
 
 # ---- Reading
@@ -111,16 +119,29 @@ def _quiet() -> Iterator[None]:
 
 def _from_pretrained(auto: Any, source: Source, **options: Any) -> Any:
     """`auto.from_pretrained`, with one clear ValueError for everything that keeps a model from being loaded."""
+    if options.get("trust_remote_code"):
+        _say_code(source)
     try:
         with _quiet():
             return auto.from_pretrained(str(source), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises nothing more special
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it brings its own Python code. Read that code; to run it, add --trust-remote-code"
         elif not isinstance(source, Path):
             reason += ". Is the id right, the hub reachable, and the model public (or `hf auth login` done)?"
         raise ValueError(f"the model {source} could not be loaded: {reason}") from error
+
+
+@cache
+def _say_code(source: Source) -> None:
+    """Say what --trust-remote-code lets run, before it runs."""
+    if isinstance(source, Path):
+        code = ", ".join(own_code(source))
+        told = f"runs its own code: {code}" if code else "brings no code of its own"
+    else:
+        told = "may run code of its own from the hub"
+    console.print(f"--trust-remote-code: {source} {told}", markup=False)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -140,10 +161,8 @@ def has_reward_head(source: Source, *, trust_remote_code: bool = False) -> bool:
     """Whether a model is a sequence classifier rather than a language model, read from its config or adapter."""
     folder = resolve(source)
     if _is_adapter(folder):
-        with safe_open(_adapter_weights(Path(folder)), framework="pt") as weights:
-            # Not a mapping, whatever `keys` suggests.
-            if any(".score." in key for key in weights.keys()):  # noqa: SIM118
-                return True
+        if any(".score." in key for key in tensor_names(_adapter_weights(Path(folder)))):
+            return True
         return has_reward_head(_base_of(Path(folder)), trust_remote_code=trust_remote_code)
     names = load_config(folder, trust_remote_code=trust_remote_code).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names)
@@ -158,6 +177,14 @@ def load_language_model(source: Source, *, trust_remote_code: bool = False) -> P
         base = load_language_model(_base_of(Path(folder)), trust_remote_code=trust_remote_code)
         return _merge_adapter(base, Path(folder))
     return _load_weights(AutoModelForCausalLM, folder, trust_remote_code)
+
+
+def load_body(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Any transformer without its head, in float32, such as an embedder. ValueError for an adapter."""
+    folder = resolve(source)
+    if _is_adapter(folder):
+        raise ValueError(f"{source} is an adapter; give the folder of a whole model.")
+    return _load_weights(AutoModel, folder, trust_remote_code)
 
 
 def load_classifier(source: Source, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -186,7 +213,8 @@ def _classifier_under(adapter: Path, trust_remote_code: bool) -> PreTrainedModel
 
 
 def _load_weights(auto: Any, folder: Source, trust_remote_code: bool) -> PreTrainedModel:
-    _check_safetensors(folder)
+    if isinstance(folder, Path):
+        check_safetensors(folder)
     network, report = _from_pretrained(
         auto,
         folder,
@@ -202,16 +230,18 @@ def _load_weights(auto: Any, folder: Source, trust_remote_code: bool) -> PreTrai
 
 
 def _adapter_weights(adapter: Path) -> Path:
-    weights = adapter / ADAPTER_WEIGHTS
-    if not weights.exists():
-        raise ValueError(f"the adapter {adapter} has no {ADAPTER_WEIGHTS}; only safetensors are loaded.")
-    return weights
+    check_safetensors(adapter, ADAPTER_WEIGHTS)
+    return adapter / ADAPTER_WEIGHTS
 
 
 def _merge_adapter(base: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     _adapter_weights(adapter)
-    with _peft_on_new_transformers():
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    try:
+        with _peft_on_new_transformers():
+            merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    except Exception as error:  # peft raises as it happens to, KeyError and RuntimeError among others
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"the adapter {adapter} could not be put on its base model: {reason[0]}") from error
     # peft froze the base when it put the adapter in.
     merged.requires_grad_(True)
     merged.name_or_path = str(adapter)

@@ -309,6 +309,6 @@ def test_the_first_problem_is_shown_where_every_row_is_bad(write):
 
 def test_columns_that_nobody_reads_may_hold_anything(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "p", "score": NaN, "score": Infinity, "more": {"a": [null]}}', encoding="utf-8")
+    path.write_text('{"prompt": "p", "score": NaN, "other": Infinity, "more": {"a": [null]}}', encoding="utf-8")
     [prompt] = data.load(str(path), Prompt).records
-    assert json.dumps(prompt.columns) == '{"score": Infinity, "more": {"a": [null]}}'
+    assert json.dumps(prompt.columns) == '{"score": NaN, "other": Infinity, "more": {"a": [null]}}'

@@ -15,7 +15,9 @@ from trimtab.data.files import READERS
 from trimtab.records import Demonstration, Feedback, Preference, Prompt, Ranking, Record
 
 KINDS: list[type[Record]] = [Prompt, Demonstration, Preference, Ranking, Feedback]
-FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 COLUMNS = (
     *("prompt", "question", "instruction", "input", "messages", "conversations", "text", "completion", "response"),
@@ -94,3 +96,24 @@ def test_random_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source:
     monkeypatch.setattr("trimtab.data.sources.hub_rows", lambda source, split: iter(()))
     with pytest.raises((ValueError, FileNotFoundError)):
         data.load(source, Prompt)
+
+
+LONG = settings(FUZZ, max_examples=3000)
+
+
+@pytest.mark.slow
+@LONG
+@given(content=st.binary(max_size=300), suffix=st.sampled_from(sorted(READERS)), packed=st.booleans())
+def test_random_bytes_long(tmp_path: Path, content: bytes, suffix: str, packed: bool):
+    path = tmp_path / (f"rows{suffix}" + ".gz" * packed)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    loaded_or_refused(path, Prompt, skip_invalid=True)
+
+
+@pytest.mark.slow
+@LONG
+@given(rows=st.lists(ROW, max_size=6), kind=st.sampled_from(KINDS), skip_invalid=st.booleans())
+def test_random_rows_long(tmp_path: Path, rows: list[dict[str, Any]], kind: type[Record], skip_invalid: bool):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    loaded_or_refused(path, kind, skip_invalid=skip_invalid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -81,3 +82,27 @@ def test_goes_to_json() -> None:
 def test_nothing_but_ties_is_an_error() -> None:
     with pytest.raises(ValueError, match="none of 1 pairs"):
         reward_accuracy(LETTERS, PAIRS[-1:])
+
+
+def test_accuracy_by_length_and_margin_by_hand() -> None:
+    result = reward_accuracy(LETTERS, PAIRS)
+    # Lengths 2:4, 3:1, 2:3 and 3:2.
+    assert {name: (share.value, share.count) for name, share in result.by_length.items()} == {
+        "at most half as long": (1.0, 1),
+        "shorter": (0.0, 1),
+        "longer": (0.0, 1),
+        "more than twice as long": (1.0, 1),
+    }
+    # |margins| 0, 2, 2, 2: the tie is the smallest quarter, the equal ones stay together.
+    assert {name: (share.value, share.count) for name, share in result.by_margin.items()} == {
+        "smallest quarter": (0.0, 1),
+        "second quarter": (2 / 3, 3),
+    }
+
+
+def test_a_noisy_reward_is_right_more_often_where_its_margin_is_large() -> None:
+    generator = random.Random(0)
+    noisy = RuleReward("noisy", lambda prompt, answer: len(answer.text) + generator.gauss(0, 2))
+    pairs = [pair("aa", "a", subset=str(i)) for i in range(2000)]
+    by_margin = list(reward_accuracy(noisy, pairs).by_margin.values())
+    assert by_margin[0].high < by_margin[-1].low

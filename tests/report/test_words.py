@@ -42,6 +42,18 @@ def test_the_best_comes_first_and_one_n_speaks_for_best_of_n():
     assert [sentence.split()[0] for sentence in sentences] == ["Best-of-16", "DPO"]
 
 
+def test_paths_are_compared_at_the_largest_kl_that_all_reach():
+    start = START | {"gold": figure(0.2, 0.1, 0.3)}
+    points = [("best-of-n", 0.0, 0.2), ("best-of-n", 2.0, 0.5), ("dpo", 4.0, 0.6), ("rloo", 1.0, 0.3), ("rloo", 5, 0.9)]
+    frontier = [{"method": name, "kl": kl, "gold": gold} for name, kl, gold in points]
+    # At 2 nats: best-of-n is there; DPO is half way from 0.2 to 0.6; RLOO a quarter of the way from 0.3 to 0.9.
+    told = "At equal KL (2.0 nats per answer) the gold reward is 0.50 by Best-of-n, 0.45 by RLOO, 0.40 by DPO: "
+    assert verdict({"methods": [start], "frontier": frontier}) == [
+        told + "read off between the measured points, without intervals."
+    ]
+    assert verdict({"methods": [start], "frontier": frontier[:2]}) == []
+
+
 @pytest.mark.parametrize(
     ("after", "said"), [(54.0, "about as long"), (56.0, "12% longer"), (40.0, "20% shorter"), (45.0, "about as long")]
 )

@@ -154,6 +154,21 @@ def test_a_policy_that_was_not_trained_on_sums_of_log_ratios_has_no_beta(tmp_pat
     assert implicit_source(f"implicit:{run},beta=2").beta == 2
 
 
+def test_without_a_reference_the_likelihood_is_the_reward(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "model")
+    source = implicit_source(f"implicit:{tmp_path / 'model'},reference=none")
+    assert (source.reference, source.beta) == (None, 1.0)
+    reward = parse_reward(f"implicit:{tmp_path / 'model'},reference=none,beta=2", dtype="float32", device="cpu")
+    prompt, answer = Prompt.from_text("One"), Answer(" day", finished=False)
+    with_reference = parse_reward(f"implicit:{tmp_path / 'model'},reference=tiny,beta=2", dtype="float32", device="cpu")
+    assert with_reference([prompt], [answer])[0] == pytest.approx(0, abs=1e-5)
+    row = encode_answer(policy.tokenizer, prompt, " day")
+    ids = torch.tensor([row.ids[:-1]])  # nobody ended the answer
+    with torch.no_grad():
+        logs = policy.model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+    assert reward([prompt], [answer])[0] == pytest.approx(2 * float(logs[-4:].sum()), rel=1e-4)
+
+
 def test_implicit_reward_without_what_it_needs(tmp_path: Path) -> None:
     run = written_run(tmp_path, command="sft", model="start")
     with pytest.raises(ValueError, match="beta=1"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..records import Record
+from ..untrusted import MOST_SKIPPED
 from .conversations import InvalidField
 from .files import Problem, Row
 from .formats import convert, format_of, natural_kind, remarks
@@ -56,8 +57,10 @@ def load(source: str | Path, kind: type[R], *, split: str = "train", skip_invali
         result = read_item(item, where, kind, notes)
         if not isinstance(result, Problem):
             records.extend(result)
-        elif skip_invalid:
+        elif skip_invalid and len(skipped) < MOST_SKIPPED:
             skipped.append(result)
+        elif skip_invalid:
+            raise ValueError(f"{result}; {len(skipped):,} rows were skipped before it, more than bad luck explains")
         else:
             raise ValueError(f"{result}{SKIPPING * (result.field != 'columns')}")
     if not rows:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..records import TEXT, Message
+from ..untrusted import MOST_LINE
 from .files import shorten
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -45,6 +46,8 @@ def text_of(value: Any, field: str, expected: str = "text") -> str:
     """A value that must be text that can be encoded."""
     if not isinstance(value, str):
         raise unexpected(field, value, expected)
+    if len(value) > MOST_LINE:
+        raise InvalidField(field, f"found {len(value):,} characters, expected at most {MOST_LINE:,}")
     if not value.isascii():
         try:
             value.encode("utf-8")

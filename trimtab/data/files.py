@@ -11,12 +11,21 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from ..untrusted import (
+    MOST_LINE,
+    MOST_ROWS,
+    lines_of,
+    open_inflated,
+    open_regular,
+    parse_json,
+    read_whole,
+)
 
 Row = Mapping[str, Any]
 
@@ -51,14 +60,13 @@ def shorten(value: Any, width: int = 60) -> str:
 def parse_object(where: str, raw: bytes) -> Row | Problem:
     """One line of jsonl as a mapping, or what is wrong with it."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return Problem(where, "line", f"found bytes that are not UTF-8 ({error.reason} at byte {error.start})")
-    # json raises plain ValueErrors too (digits of an integer), and RecursionError on thousands of brackets.
-    except (ValueError, RecursionError) as error:
-        return Problem(
-            where, "line", f"found {shorten(raw.decode('utf-8'))}, expected one JSON object a line ({error})"
-        )
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        return Problem(where, "line", f"found {shorten(text)}, expected one JSON object a line ({error})")
     return checked_object(where, value, "line")
 
 
@@ -71,7 +79,7 @@ def checked_object(where: str, value: Any, field: str) -> Row | Problem:
 
 def read_jsonl(name: str, stream: IO[bytes]) -> Iterator[Located]:
     """Rows of JSON Lines, one at a time; blank lines are no rows."""
-    for line, raw in enumerate(stream, start=1):
+    for line, raw in lines_of(name, stream):
         text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
         if text.strip():
             where = f"{name}:{line}"
@@ -80,12 +88,12 @@ def read_jsonl(name: str, stream: IO[bytes]) -> Iterator[Located]:
 
 def read_json(name: str, stream: IO[bytes]) -> Iterator[Located]:
     """Rows of one JSON list of objects. A `.json` file that holds JSON Lines, as many do, is read as such."""
-    content = stream.read().removeprefix(b"\xef\xbb\xbf")
+    content = read_whole(name, stream).removeprefix(b"\xef\xbb\xbf")
     try:
-        value = json.loads(content.decode("utf-8"))
+        value = parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
             yield from read_jsonl(name, io.BytesIO(content))
             return
@@ -102,7 +110,7 @@ def numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 def decoded_lines(name: str, stream: IO[bytes]) -> Iterator[str]:
     """The lines of a UTF-8 file, line ends kept."""
-    for line, raw in enumerate(stream, start=1):
+    for line, raw in lines_of(name, stream, keep_blank=True):
         try:
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -111,7 +119,7 @@ def decoded_lines(name: str, stream: IO[bytes]) -> Iterator[str]:
 
 def read_csv(name: str, stream: IO[bytes]) -> Iterator[Located]:
     """Rows of comma-separated values with a header line. An empty cell is a missing value."""
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than a long conversation
+    csv.field_size_limit(MOST_LINE)  # the default, 128 KiB, is less than a long conversation
     reader = csv.reader(decoded_lines(name, stream), strict=True)
     try:
         header = next(reader, [])
@@ -140,8 +148,8 @@ def csv_cell(cell: str, column: str) -> Any:
     if not cell.lstrip().startswith("["):
         return cell
     try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
+        value = parse_json(cell)
+    except ValueError:
         return cell
     is_messages = bool(value) and all(isinstance(item, dict) and {"role", "from"} & set(item) for item in value)
     return value if is_messages or column == "completions" else cell
@@ -152,10 +160,18 @@ def read_parquet(name: str, stream: IO[bytes]) -> Iterator[Located]:
     from pyarrow import ArrowException, parquet
 
     try:
-        batches = parquet.ParquetFile(stream).iter_batches(batch_size=1024)
+        file = parquet.ParquetFile(stream)
+        batches = file.iter_batches(batch_size=rows_in_memory(file.metadata))
         yield from numbered(name, (row for batch in batches for row in batch.to_pylist()))
     except (ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{name}: not a readable parquet file ({error})") from None
+
+
+def rows_in_memory(metadata: Any) -> int:
+    """Rows to unpack at a time: each may hold the largest value of its column, which is stored once for all of them."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    sizes = [group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)]
+    return max(1, min(1024, MOST_ROWS // max(1, *sizes, 1)))
 
 
 READERS: dict[str, Callable[[str, IO[bytes]], Iterator[Located]]] = {
@@ -174,11 +190,11 @@ def suffix_of(path: Path) -> str:
 def open_bytes(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked where its name ends with `.gz`."""
     if path.suffix.lower() != ".gz":
-        return path.open("rb")
+        return open_regular(path)
     if suffix_of(path) != ".parquet":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    with gzip.open(path, "rb") as stream:
-        return io.BytesIO(stream.read())
+        return open_inflated(path)
+    with open_inflated(path) as stream:
+        return io.BytesIO(read_whole(path, stream))
 
 
 def read_rows(path: Path) -> Iterator[Located]:

@@ -1,9 +1,15 @@
-"""Estimates with the interval that their sample supports: Wilson's for shares, the bootstrap's for means."""
+"""Estimates with the interval that their sample supports: Wilson's for shares, the bootstrap's for means.
+
+What is combined from independent estimates gets its interval from theirs; what is no mean is bootstrapped or
+jackknifed as a whole.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -96,6 +102,100 @@ def bootstrap_difference(
     if left.shape != right.shape:
         raise ValueError(f"a paired difference needs as many values on both sides, got {len(left)} and {len(right)}")
     return bootstrap_mean(left - right, seed, resamples, level=level)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[NDArray[np.int64]], float], count: int, seed: int = 0, resamples: int = 1000
+) -> Estimate:
+    """Any figure of `count` observations with its 95 % percentile bootstrap interval.
+
+    `statistic` computes it from the indices of the observations, repeats among them. The widening is that of
+    `bootstrap_mean`; resamples for which the figure does not exist (NaN) are left out.
+    """
+    if count < 1:
+        raise ValueError("a bootstrap needs at least one observation")
+    value = float(statistic(np.arange(count)))
+    if count == 1:
+        return Estimate(value, math.nan, math.nan, 1)
+    generator = np.random.default_rng(seed)
+    drawn = np.array([statistic(generator.integers(count, size=count)) for _ in range(resamples)])
+    kept = drawn[np.isfinite(drawn)]
+    if not len(kept):
+        return Estimate(value, math.nan, math.nan, count)
+    low, high = np.quantile(kept, [0.025, 0.975])
+    widen = math.sqrt(count / (count - 1))
+    return Estimate(value, value + widen * float(low - value), value + widen * float(high - value), count)
+
+
+def jackknife(value: float, without: ArrayLike) -> Estimate:
+    """A figure with its 95 % normal interval from what it is without each observation (Tukey 1958).
+
+    For figures that drawing an observation twice would change, such as how many different ones there are.
+    """
+    left = finite_vector(without, "without")
+    count = len(left)
+    if count == 1:
+        return Estimate(value, math.nan, math.nan, 1)
+    half = float(norm.ppf(0.975)) * math.sqrt((count - 1) / count * float(((left - left.mean()) ** 2).sum()))
+    return Estimate(value, value - half, value + half, count)
+
+
+def weighted_mean(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """`sum_i w_i x_i / sum_i w_i` of independent estimates, with an interval made of theirs (`combined`)."""
+    total = math.fsum(weights)
+    if not total > 0 or min(weights) < 0:
+        raise ValueError("weights must not be negative, nor all zero")
+    return combined(estimates, [weight / total for weight in weights])
+
+
+def difference(first: Estimate, second: Estimate) -> Estimate:
+    """`first - second` of two independent estimates, with an interval made of theirs; of two shares, Newcombe's."""
+    return combined([first, second], [1.0, -1.0])
+
+
+def combined(estimates: Sequence[Estimate], factors: Sequence[float]) -> Estimate:
+    """`sum_i f_i x_i` of independent estimates with the interval of Zou and Donner 2008 (MOVER).
+
+    The distances of the estimates from their bounds are added in quadrature, below and above apart, so that Wilson's
+    bounds keep their asymmetry. `count` is the number of all observations.
+    """
+    value = math.fsum(factor * one.value for factor, one in zip(factors, estimates, strict=True))
+    below, above = [], []
+    for factor, one in zip(factors, estimates, strict=True):
+        down, up = factor * (one.value - one.low), factor * (one.high - one.value)
+        below.append(down if factor >= 0 else -up)
+        above.append(up if factor >= 0 else -down)
+    count = sum(one.count for one in estimates)
+    return Estimate(value, value - math.hypot(*below), value + math.hypot(*above), count)
+
+
+def to_json(value: Any) -> Any:
+    """Results as JSON has them: estimates and other dataclasses as objects, numbers that are not finite as null."""
+    if isinstance(value, Estimate):
+        return value.to_dict()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: to_json(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def share_difference(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Estimate:
+    """The difference of two shares on the same observations, given as 0 and 1; its 95 % interval is never a point.
+
+    Bonett and Price 2012: Wald's interval with one observation added to each of the two ways of differing. Where
+    fractions are among the values, `bootstrap_difference`.
+    """
+    left, right = finite_vector(first, "first"), finite_vector(second, "second")
+    if left.shape != right.shape or not (np.isin(left, (0, 1)).all() and np.isin(right, (0, 1)).all()):
+        return bootstrap_difference(left, right, seed)
+    count, value = len(left), float((left - right).mean())
+    gained, lost = ((float((sign * (left - right) > 0).sum()) + 1) / (count + 2) for sign in (1, -1))
+    half = float(norm.ppf(0.975)) * math.sqrt((gained + lost - (gained - lost) ** 2) / (count + 2))
+    low, high = max(gained - lost - half, -1.0), min(gained - lost + half, 1.0)
+    return Estimate(value, min(low, value), max(high, value), count)
 
 
 def resampled_means(

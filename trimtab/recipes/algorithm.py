@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trimtab.recipes.options import SamplingOptions
+from trimtab.recipes.options import SamplingOptions, check_options, check_outside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -129,20 +129,33 @@ def replaced(
 # ---- What is refused
 
 
+def check_online(config: Any) -> None:
+    """Refuse what no command can use that learns from the policy's own answers, by name, before anything is read."""
+    check_options(config)
+    for name in config.reward.reward:
+        check_outside(config.run.out, "--reward", name)
+    check_sampling(config.sampling)
+    options = config.algorithm
+    check_at_least_one({"--group-size": options.group_size, "--prompts-per-step": options.prompts_per_step})
+    if options.unfinished_score is not None and not math.isfinite(options.unfinished_score):
+        raise ValueError(f"--unfinished-score {options.unfinished_score}: a finite number is needed.")
+    if config.data.overlong not in ("error", "drop"):
+        raise ValueError(f"--overlong {config.data.overlong}: prompts are never cut here; give error or drop.")
+
+
+def check_at_least_one(given: Mapping[str, int]) -> None:
+    """Refuse flags that count something and leave nothing."""
+    for flag, value in given.items():
+        if value < 1:
+            raise ValueError(f"{flag} {value}: at least 1 is needed.")
+
+
 def check_sizes(options: AlgorithmOptions, row: Algorithm) -> None:
     """Refuse numbers of answers and updates with which the algorithm means nothing."""
     from trimtab.advantages import COMPARING
     from trimtab.losses.policy import RATIO_FREE
 
-    sizes = {
-        "--group-size": options.group_size,
-        "--prompts-per-step": options.prompts_per_step,
-        "--epochs-per-rollout": row.epochs,
-        "--minibatches": row.minibatches,
-    }
-    for flag, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{flag} {value}: at least 1 is needed.")
+    check_at_least_one({"--epochs-per-rollout": row.epochs, "--minibatches": row.minibatches})
     name, answers = options.algorithm, options.group_size * options.prompts_per_step
     if row.advantage in COMPARING and options.group_size < 2:
         raise ValueError(f"{name} compares answers to one prompt: --group-size {options.group_size} must be 2 or more.")
@@ -165,8 +178,6 @@ def check_parts(name: str, row: Algorithm) -> None:
     if (row.advantage == "gae") != row.critic:
         told = "has a critic, which only gae reads" if row.critic else "has no critic, which gae needs (as ppo has)"
         raise ValueError(f"--advantage {row.advantage}: {name} {told}.")
-    if row.unfinished_score is not None and not math.isfinite(row.unfinished_score):
-        raise ValueError(f"--unfinished-score {row.unfinished_score}: a finite number is needed.")
 
 
 def check_kl(row: Algorithm, options: KlOptions) -> None:
@@ -199,7 +210,7 @@ def check_critic(name: str, options: CriticOptions, row: Algorithm, steps: int) 
         raise ValueError(f"{told}: a number from 0 that leaves the policy a step is needed.")
 
 
-FREE_SAMPLING = {"max_new_tokens", "temperature", "batch_rows", "stop"}
+FREE_SAMPLING = {"max_new_tokens", "temperature", "batch_rows", "stop", "sampler"}
 """What may be set about the sampling of answers that the policy learns from."""
 
 
@@ -216,9 +227,7 @@ def check_sampling(options: SamplingOptions) -> None:
             raise ValueError(f"--{flag} {value}: online RL learns from the policy's own distribution; leave it out.")
     if not 0 < options.temperature < math.inf:
         raise ValueError(f"--temperature {options.temperature}: online RL explores, and needs a number above 0.")
-    for flag, value in {"--max-new-tokens": options.max_new_tokens, "--batch-rows": options.batch_rows}.items():
-        if value < 1:
-            raise ValueError(f"{flag} {value}: at least 1 is needed.")
+    check_at_least_one({"--max-new-tokens": options.max_new_tokens, "--batch-rows": options.batch_rows})
 
 
 # ---- What comes out

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from trimtab.recipes.options import ModelOptions, RewardChoice, SamplingOptions, check_file, check_limit
+from trimtab.recipes.options import (
+    ModelOptions,
+    RewardChoice,
+    SamplingOptions,
+    check_file,
+    check_limit,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from trimtab.sampling import Samples
@@ -44,15 +51,15 @@ def best_of_n(config: BestOfN) -> None:
     from trimtab.recipes import training
     from trimtab.records import Prompt
     from trimtab.rewards import parse_rewards
-    from trimtab.sampling import sample
 
     check_file(config.out, overwrite=config.overwrite)
     check_limit(config.limit)
     bound = kl_bound(config.n)
     prompts = training.read(config.data, Prompt, skip_invalid=config.skip_invalid).records[: config.limit]
     reward = parse_rewards(config.reward.reward, config.reward.reward_weights, **training.scoring(config.model))
+    sampler = training.sampler_of(config.sampling)
     policy = training.load_for_sampling(config)
-    samples = sample(policy, prompts, config.n, seed=config.seed, progress=True, **asdict(config.sampling))
+    samples = sampler(policy, prompts, config.n, seed=config.seed, progress=True, **settings_of(config.sampling))
     rewards = reward(samples.row_prompts, samples.answers)
     rows, gains = best_rows(samples, rewards)
     if not rows:

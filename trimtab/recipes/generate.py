@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file, check_limit
+from trimtab.recipes.options import ModelOptions, SamplingOptions, check_file, check_limit, settings_of
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ def generate(config: Generate) -> None:
     from trimtab.progress import console
     from trimtab.recipes import training
     from trimtab.records import Demonstration, Prompt
-    from trimtab.sampling import sample
 
     check_file(config.out, overwrite=config.overwrite)
     check_limit(config.limit)
     prompts = training.read(config.data, Prompt, skip_invalid=config.skip_invalid).records[: config.limit]
+    sampler = training.sampler_of(config.sampling)
     policy = training.load_for_sampling(config)
-    samples = sample(policy, prompts, config.num_answers, seed=config.seed, progress=True, **asdict(config.sampling))
+    settings = settings_of(config.sampling)
+    samples = sampler(policy, prompts, config.num_answers, seed=config.seed, progress=True, **settings)
     answers = zip(samples.row_prompts, samples.texts, samples.finished.tolist(), strict=True)
     rows = (to_row(Demonstration(prompt, text, finished=finished)) for prompt, text, finished in answers)
     training.write_rows(config.out, rows)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from trimtab.recipes.fresh import check_fresh, learn_from_fresh
+from trimtab.recipes.algorithm import check_online
 from trimtab.recipes.options import (
     DataOptions,
     LoraOptions,
     ModelOptions,
     OnlineStepOptions,
+    RewardChoice,
     RunOptions,
     SamplingOptions,
     check_outside,
@@ -23,16 +24,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PreferenceSource:
-    """Who says which answer is better: rewards, or a judge."""
+class JudgeChoice:
+    """Who else says which answer is better."""
 
-    reward: tuple[str, ...] = ()
-    """A reward model's run, folder or hub id, implicit:RUN, py:package.module:function, length, sentiment,
-    exact-match, or ensemble:mean(R1,R2,...), :min, :uwo. The sum of several."""
-    reward_weights: tuple[float, ...] = ()
-    """One factor for each reward; 1 unless given."""
     judge: str | None = None
-    """Instead of --reward: reward:R (any --reward), rule:NAME, or py:package.module:function."""
+    """Instead of --reward: reward:R (any --reward), rule:NAME, py:package.module:function, llm:URL#MODEL, or
+    labels:FILE."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ class OnlineDpo:
     model: ModelOptions
     data: DataOptions
     run: RunOptions
-    reward: PreferenceSource = PreferenceSource()
+    reward: RewardChoice = field(default_factory=lambda: RewardChoice(()))
+    judge: JudgeChoice = JudgeChoice()
     algorithm: PairOptions = PairOptions()
     lora: LoraOptions = LoraOptions()
     sampling: SamplingOptions = SamplingOptions()
@@ -67,11 +65,12 @@ class OnlineDpo:
 
 def online_dpo(config: OnlineDpo) -> None:
     """Sample, judge, step."""
+    from trimtab.recipes.fresh import learn_from_fresh
     from trimtab.selection import best_and_worst, chosen_pairs
 
     objective = checked(config)
     collect = partial(chosen_pairs, with_reference=objective.reads_reference)
-    learn_from_fresh("online-dpo", config, partial(load_source, config), objective, best_and_worst, collect)
+    learn_from_fresh("online-dpo", config, load_source, objective, best_and_worst, collect)
 
 
 def checked(config: OnlineDpo) -> PreferenceObjective:
@@ -80,7 +79,7 @@ def checked(config: OnlineDpo) -> PreferenceObjective:
     from trimtab.losses.preference import ALL_LOSSES
     from trimtab.objectives import PreferenceObjective
 
-    check_fresh(config)
+    check_online(config)
     check_source(config)
     if config.algorithm.group_size < 2:
         raise ValueError(f"--group-size {config.algorithm.group_size}: a pair needs at least 2 answers.")
@@ -89,12 +88,12 @@ def checked(config: OnlineDpo) -> PreferenceObjective:
 
 def check_source(config: OnlineDpo) -> None:
     """Refuse two sources of preferences or none, and what a judge cannot use."""
-    source, options = config.reward, config.algorithm
-    if bool(source.reward) == (source.judge is not None):
+    source, judge, options = config.reward, config.judge.judge, config.algorithm
+    if bool(source.reward) == (judge is not None):
         raise ValueError("--reward and --judge: give one of them, for one must say which answer is better.")
-    if source.judge is None:
+    if judge is None:
         return
-    check_outside(config.run.out, "--judge", source.judge.removeprefix("reward:"))
+    check_outside(config.run.out, "--judge", judge.removeprefix("reward:").removeprefix("labels:"))
     if source.reward_weights:
         raise ValueError("--reward-weights has no effect without --reward.")
     if options.group_size != 2:
@@ -108,10 +107,8 @@ def check_source(config: OnlineDpo) -> None:
 def load_source(config: OnlineDpo) -> Reward:
     """The reward of all --reward flags together, or the judge as a reward of answers that stand in twos."""
     from trimtab.judges import JudgedReward, parse_judge
-    from trimtab.recipes import training
-    from trimtab.rewards import parse_rewards
+    from trimtab.recipes import online
 
-    options = {**training.scoring(config.model), "max_length": config.data.max_length}
-    if config.reward.judge is not None:
-        return JudgedReward(parse_judge(config.reward.judge, **options))
-    return parse_rewards(config.reward.reward, config.reward.reward_weights, **options)
+    if config.judge.judge is None:
+        return online.load_reward(config)
+    return JudgedReward(parse_judge(config.judge.judge, **online.reward_options(config)))

@@ -55,19 +55,9 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """How the weights move."""
+class OptimizerOptions:
+    """How a step is taken, whatever it is made of."""
 
-    lr: float = 1e-5
-    """Peak learning rate of AdamW."""
-    steps: int | None = None
-    """Optimizer steps; instead of --epochs."""
-    epochs: float | None = None
-    """Passes over the data; 1 unless --steps is given."""
-    batch_size: int = 16
-    """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
-    micro_batch_rows: int = 16
-    """Most rows (a pair is two) of one forward and backward pass; bounds memory, changes no result."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after warm-up."""
     warmup: float = 0.1
@@ -83,6 +73,23 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
+class StepOptions:
+    """How the weights move."""
+
+    lr: float = 1e-5
+    """Peak learning rate of AdamW."""
+    steps: int | None = None
+    """Optimizer steps; instead of --epochs."""
+    epochs: float | None = None
+    """Passes over the data; 1 unless --steps is given."""
+    batch_size: int = 16
+    """Pairs, rankings or demonstrations per optimizer step, whatever the micro-batches."""
+    micro_batch_rows: int = 16
+    """Most rows (a pair is two) of one forward and backward pass; bounds memory, changes no result."""
+    optimizer: OptimizerOptions = OptimizerOptions()
+
+
+@dataclass(frozen=True)
 class OnlineStepOptions:
     """How the weights move in online RL, where a step's answers are drawn and not read."""
 
@@ -92,18 +99,7 @@ class OnlineStepOptions:
     """Optimizer steps."""
     micro_batch_rows: int = 16
     """Most answers of one forward and backward pass; bounds memory, changes no result."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after warm-up."""
-    warmup: float = 0.1
-    """Share of the steps in which the learning rate rises from 0."""
-    max_grad_norm: float = 1.0
-    """Clip the global gradient norm here; 0 does not clip."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay on matrices."""
-    share_prompts: bool = True
-    """Run a prompt once for its answers in a micro-batch, where that saves tokens; changes speed, no result."""
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Run layers again in the backward pass: less memory, a third more time; auto: on a GPU if memory is short."""
+    optimizer: OptimizerOptions = OptimizerOptions()
 
 
 @dataclass(frozen=True)
@@ -165,6 +161,8 @@ def check_ranks(config: Any) -> None:
         raise ValueError(f"--shard {shard} has no effect on one process: add --nproc N, or leave it out.")
     if count > 1 and config.model.device.startswith("cuda:"):
         raise ValueError(f"--device {config.model.device}: each of {count} processes has its own. Give --device cuda.")
+    if count > 1 and getattr(getattr(config, "sampling", None), "sampler", "own") != "own":
+        raise ValueError(f"--sampler {config.sampling.sampler}: {count} processes sample themselves. Leave it out.")
     if count > 1 and shard != "none" and getattr(getattr(config, "ptx", None), "ptx_data", None):
         raise ValueError("--ptx-data runs the policy more often on some ranks than on others: add --shard none.")
 
@@ -195,9 +193,10 @@ def check_steps(options: StepOptions | OnlineStepOptions) -> None:
     for flag, value in at_least_one.items():
         if value < 1:
             raise ValueError(f"{flag} {value}: at least 1 is needed.")
-    if not 0 <= options.warmup <= 1:
-        raise ValueError(f"--warmup {options.warmup}: it is a share of the steps, from 0 to 1.")
-    numbers = {"--lr": options.lr, "--max-grad-norm": options.max_grad_norm, "--weight-decay": options.weight_decay}
+    how = options.optimizer
+    if not 0 <= how.warmup <= 1:
+        raise ValueError(f"--warmup {how.warmup}: it is a share of the steps, from 0 to 1.")
+    numbers = {"--lr": options.lr, "--max-grad-norm": how.max_grad_norm, "--weight-decay": how.weight_decay}
     for flag, value in numbers.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{flag} {value}: a number that is not negative is needed.")
@@ -254,6 +253,13 @@ class SamplingOptions:
     """Texts that end an answer and are left out of it."""
     batch_rows: int = 32
     """Answers sampled at the same time; changes speed, not the samples (in float32)."""
+    sampler: str = "own"
+    """own, or vllm:URL, a vLLM server of this model's architecture, such as vllm:http://127.0.0.1:8000."""
+
+
+def settings_of(options: SamplingOptions) -> dict[str, Any]:
+    """What a sampler is told, by the names of its arguments."""
+    return {entry.name: getattr(options, entry.name) for entry in fields(options) if entry.name != "sampler"}
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,27 @@
 """`trimtab quickstart`: controlled sentiment (Rafailov et al. 2023, section 6.1) at small scale.
 
 The start model answers review-writing prompts; a lexicon is the gold reward and labels pairs through a Bradley-Terry
-coin; a reward model learns from part of the pairs; best-of-n and DPO use them; and every method is judged on held-out
-prompts by gold reward, by KL from the start model and by length. Deviations from the paper: an instruct model instead
-of a fine-tuned GPT-2, VADER instead of a classifier as gold, a few hundred pairs, noisy labels.
+coin; a reward model learns from part of the pairs; best-of-n and online RL use it, DPO the pairs; and every method is
+judged on held-out prompts by gold reward, by KL from the start model and by length. Deviations from the paper: an
+instruct model instead of a fine-tuned GPT-2, VADER instead of a classifier as gold, a few hundred pairs, noisy labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from trimtab.recipes.options import (
     DataOptions,
     Dtype,
     ModelOptions,
+    OnlineStepOptions,
+    OptimizerOptions,
+    RewardChoice,
     RunOptions,
+    SamplingOptions,
     StepOptions,
     check_out,
 )
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from trimtab.models import Policy
+    from trimtab.recipes.algorithm import AlgorithmOptions
     from trimtab.records import Preference, Prompt
     from trimtab.rewards import Reward
     from trimtab.run import Run
@@ -39,8 +45,8 @@ class Quickstart:
     """The start model: hub id, folder, run directory, or built-in (tiny runs in under a minute and learns nothing)."""
     out: str = "runs/quickstart"
     """The directory to make."""
-    methods: tuple[Literal["best-of-n", "dpo"], ...] = ("best-of-n", "dpo")
-    """What to compare with the start model."""
+    methods: tuple[str, ...] = ("best-of-n", "dpo", "rloo")
+    """What to compare with the start model: best-of-n, dpo, and algorithms of online RL (rloo, ppo, grpo, ...)."""
     prompts: int | None = None
     """Prompts whose answers are compared, for training; 108, or 24 with the model tiny."""
     held_out_prompts: int | None = None
@@ -57,8 +63,12 @@ class Quickstart:
     """DPO's beta."""
     lr: float = 2e-5
     """Learning rate of DPO."""
-    epochs: float = 1.0
-    """DPO's passes over the pairs."""
+    epochs: float = 0.5
+    """DPO's passes over the pairs; three of them to a prompt share an answer."""
+    rl_rollouts: int | None = None
+    """Rollouts of online RL, 4 answers to each of 8 training prompts; 20, or 6 with the model tiny."""
+    rl_lr: float = 2e-5
+    """Learning rate of online RL."""
     reward_lr: float = 2e-4
     """Peak learning rate of the reward model; it falls to 0. High, because a new head has few steps to learn in."""
     dtype: Dtype = "auto"
@@ -74,7 +84,10 @@ class Quickstart:
 PAIRS_HELD_OUT = 1 / 3
 """Share of the prompts whose pairs the reward model does not see."""
 EVALUATION_ANSWERS = 4
+CHECKPOINT_ANSWERS = 2
+"""Answers to each held-out prompt: of final models, and of checkpoints on their way."""
 BATCH_SIZE = 8
+RL_PROMPTS, RL_ANSWERS = 8, 4
 
 
 def quickstart(config: Quickstart) -> None:
@@ -107,30 +120,62 @@ def quickstart(config: Quickstart) -> None:
     say(3, f"sample {config.n} answers to each of {len(held_out)} held-out prompts: the start model and best-of-n")
     judged = Judged(start, gold, proxy, config)
     judged.start_model(draw(start, held_out, config.n, config))
-    if "dpo" in config.methods:
-        say(4, "DPO on the pairs")
-        train_dpo(run.directory, files, trained_on, config)
-        say(5, "judge DPO's checkpoints on the held-out prompts")
-        judged.trained("dpo", run.directory / "dpo", held_out)
+    stage = count(4)
+    for method in trained_methods(config):
+        if method == "dpo":
+            say(next(stage), "DPO on the pairs")
+            train_dpo(run.directory, files, trained_on, config)
+        else:
+            say(next(stage), f"{method}, with the reward model as reward")
+            train_online(run.directory, method, prompts, config)
+        say(next(stage), f"judge {method}'s checkpoints on the held-out prompts")
+        judged.trained(method, run.directory / method, held_out)
     finish(run, config, judged, accuracy, sum(len(some) for some in pairs.values()))
 
 
 def with_sizes(config: Quickstart) -> Quickstart:
     """The config with every size decided. Refuses sizes that leave nothing to compare."""
-    prompts, held_out_prompts = (24, 8) if config.model == "tiny" else (108, 40)
+    prompts, held_out_prompts, rl_rollouts = (24, 8, 6) if config.model == "tiny" else (108, 40, 20)
     config = replace(
         config,
         prompts=prompts if config.prompts is None else config.prompts,
         held_out_prompts=held_out_prompts if config.held_out_prompts is None else config.held_out_prompts,
+        rl_rollouts=rl_rollouts if config.rl_rollouts is None else config.rl_rollouts,
     )
-    least = {"prompts": 5, "held_out_prompts": 2, "answers": 2, "n": 2, "max_new_tokens": 1}
+    least = {"prompts": 5, "held_out_prompts": 2, "answers": 2, "n": 2, "max_new_tokens": 1, "rl_rollouts": 1}
     for name, smallest in least.items():
         if getattr(config, name) < smallest:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least {smallest} is needed.")
-    for name in ("coin", "beta", "lr", "reward_lr", "epochs"):
+    for name in ("coin", "beta", "lr", "rl_lr", "reward_lr", "epochs"):
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a number above 0 is needed.")
+    check_methods(config)
     return config
+
+
+def check_methods(config: Quickstart) -> None:
+    """Refuse unknown methods, and those of which the demo's rollouts are too small, before anything is sampled."""
+    from trimtab.algorithms import ALGORITHMS
+    from trimtab.recipes.algorithm import KlOptions, resolve
+
+    given, known = config.methods, ("best-of-n", "dpo", *ALGORITHMS)
+    if len(set(given)) < len(given) or not set(given) <= set(known):
+        raise ValueError(f"--methods {' '.join(given)}: give some of {', '.join(known)}, each once.")
+    for method in set(given) & set(ALGORITHMS):
+        resolve(algorithm_options(method, config), KlOptions())
+
+
+def algorithm_options(method: str, config: Quickstart) -> AlgorithmOptions:
+    """A row of the table of algorithms, with rollouts of the demo's size."""
+    from trimtab.recipes.algorithm import AlgorithmOptions
+
+    assert config.prompts
+    return AlgorithmOptions(method, group_size=RL_ANSWERS, prompts_per_step=min(RL_PROMPTS, config.prompts))
+
+
+def trained_methods(config: Quickstart) -> list[str]:
+    """The methods that leave a run, in the order they were given."""
+    return [method for method in config.methods if method != "best-of-n"]
 
 
 def print_start(name: str, policy: Policy) -> None:
@@ -217,7 +262,9 @@ def train_reward_model(directory: Path, files: dict[str, Path], config: Quicksta
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(files["train"]), str(files["heldout"])),
             run=RunOptions(str(directory / "reward"), config.seed),
-            steps=StepOptions(lr=config.reward_lr, batch_size=BATCH_SIZE, schedule="linear"),
+            steps=StepOptions(
+                lr=config.reward_lr, batch_size=BATCH_SIZE, optimizer=OptimizerOptions(schedule="linear")
+            ),
         )
     )
 
@@ -237,6 +284,31 @@ def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quick
             run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 2)),
             steps=StepOptions(lr=config.lr, batch_size=BATCH_SIZE, steps=steps),
             loss_args=(f"beta={config.beta}",),
+        )
+    )
+
+
+def train_online(directory: Path, method: str, prompts: Sequence[Prompt], config: Quickstart) -> None:
+    """`trimtab rl` on the training prompts with the demo's reward model, with a checkpoint on the way."""
+    from math import ceil
+
+    from trimtab.algorithms import ALGORITHMS
+    from trimtab.data import to_row
+    from trimtab.recipes.rl import Rl, rl
+    from trimtab.recipes.training import write_rows
+
+    assert config.rl_rollouts
+    file, steps = directory / "prompts.jsonl", config.rl_rollouts * ALGORITHMS[method].updates
+    write_rows(file, (to_row(prompt) for prompt in prompts))
+    rl(
+        Rl(
+            model=ModelOptions(config.model, config.dtype, config.device),
+            data=DataOptions(str(file)),
+            run=RunOptions(str(directory / method), config.seed, save_every=ceil(steps / 2), samples=0),
+            reward=RewardChoice((str(directory / "reward"),)),
+            algorithm=algorithm_options(method, config),
+            sampling=SamplingOptions(max_new_tokens=config.max_new_tokens),
+            steps=OnlineStepOptions(lr=config.rl_lr, steps=steps, micro_batch_rows=RL_PROMPTS * RL_ANSWERS),
         )
     )
 
@@ -285,21 +357,21 @@ class Judged:
             step = int(path.name.removeprefix("step-"))
             if step == last:
                 continue  # the final model, which comes next
-            _, gold, _, _, kl = self.judge(path, prompts)
+            _, gold, _, _, kl = self.judge(path, prompts, CHECKPOINT_ANSWERS)
             self.frontier.append({"method": method, "step": step, "kl": kl.mean().item(), "gold": gold.mean().item()})
-        samples, gold, proxy, lengths, kl = self.judge(run, prompts)
+        samples, gold, proxy, lengths, kl = self.judge(run, prompts, EVALUATION_ANSWERS)
         self.frontier.append({"method": method, "step": None, "kl": kl.mean().item(), "gold": gold.mean().item()})
         self.add(method, gold.mean(-1), proxy.mean(-1), kl.mean(-1), lengths.mean(-1))
         for i, text in enumerate(self.texts):
             text["answers"][method] = self.answer(samples, i, 0, gold, proxy)
         drop_checkpoints(run)
 
-    def judge(self, path: Path, prompts: Sequence[Prompt]) -> tuple[Samples, Any, Any, Any, Any]:
+    def judge(self, path: Path, prompts: Sequence[Prompt], answers: int) -> tuple[Samples, Any, Any, Any, Any]:
         """Samples of a saved policy, their gold and proxy rewards, lengths and KL, `[prompts, answers]` each."""
         from trimtab.models import load_policy
 
         policy = load_policy(str(path), dtype=self.config.dtype, device=self.config.device)
-        samples = draw(policy, prompts, EVALUATION_ANSWERS, self.config)
+        samples = draw(policy, prompts, answers, self.config)
         return samples, *self.measures(samples), self.kl(policy, samples)
 
     def measures(self, samples: Samples) -> tuple[Any, Any, Any]:
@@ -364,7 +436,7 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
     write_json(run.directory / "summary.json", summary)
     for text in judged.texts:
         run.append("samples.jsonl", text)
-    runs = [run.directory / name for name in ("reward", "dpo") if (run.directory / name).exists()]
+    runs = [run.directory / name for name in ("reward", *trained_methods(config))]
     page = write_report(runs, run.directory / "report.html", summary=summary)
     print_table(summary, Console(highlight=False, soft_wrap=True, width=max(100, console.width)))
     console.print(f"summary: {run.directory / 'summary.json'}\nreport: {page}")
@@ -375,14 +447,27 @@ def own_commands(config: Quickstart) -> list[str]:
     pairs = f"--model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --batch-size {BATCH_SIZE}"
     sampled = f"--data MY_PROMPTS.jsonl --max-new-tokens {config.max_new_tokens}"
     moved = f"--lr {config.lr:g} --epochs {config.epochs:g} --loss-args beta={config.beta:g}"
+    online = [online_command(method, sampled, config) for method in trained_methods(config) if method != "dpo"]
     return [
         "trimtab data check MY_PAIRS.jsonl --model MY_MODEL",
         f"trimtab reward {pairs} --lr {config.reward_lr:g} --schedule linear --out runs/reward",
         "trimtab evaluate reward --reward runs/reward --data HELD_OUT.jsonl",
         f"trimtab best-of-n --model MY_MODEL --reward runs/reward {sampled} -n {config.n} --out best.jsonl",
         f"trimtab dpo {pairs} {moved} --out runs/dpo",
+        *online,
         f"trimtab generate --model runs/dpo {sampled} --out answers.jsonl",
     ]
+
+
+def online_command(method: str, sampled: str, config: Quickstart) -> str:
+    """What to type for an algorithm of online RL."""
+    from trimtab.algorithms import ALGORITHMS
+
+    assert config.rl_rollouts
+    size = f"--group-size {RL_ANSWERS} --prompts-per-step {RL_PROMPTS} --lr {config.rl_lr:g}"
+    steps = config.rl_rollouts * ALGORITHMS[method].updates
+    moved = f"{size} --steps {steps} --out runs/{method}"
+    return f"trimtab rl --algorithm {method} --model MY_MODEL --reward runs/reward {sampled} {moved}"
 
 
 def print_table(summary: dict[str, Any], console: Any) -> None:

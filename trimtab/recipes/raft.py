@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
-from trimtab.recipes.fresh import check_fresh, learn_from_fresh
+from trimtab.recipes.algorithm import check_online
 from trimtab.recipes.options import (
     DataOptions,
     LoraOptions,
@@ -17,7 +17,6 @@ from trimtab.recipes.options import (
     RunOptions,
     SamplingOptions,
 )
-from trimtab.recipes.rl import load_reward
 
 if TYPE_CHECKING:
     from trimtab.selection import Pick
@@ -56,18 +55,19 @@ class Raft:
 def raft(config: Raft) -> None:
     """Sample, keep the best, imitate."""
     from trimtab.objectives import DemonstrationObjective
+    from trimtab.recipes.fresh import learn_from_fresh
+    from trimtab.recipes.online import load_reward
     from trimtab.selection import chosen_demonstrations
 
     pick = checked(config)
-    reward = partial(load_reward, cast(Any, config))
-    learn_from_fresh("raft", config, reward, DemonstrationObjective(), pick, chosen_demonstrations)
+    learn_from_fresh("raft", config, load_reward, DemonstrationObjective(), pick, chosen_demonstrations)
 
 
 def checked(config: Raft) -> Pick:
     """What chooses among answers, once no flag means nothing."""
     from trimtab.selection import above, best
 
-    check_fresh(config)
+    check_online(config)
     options = config.algorithm
     if options.keep == "best":
         if options.threshold is not None:

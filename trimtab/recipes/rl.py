@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from trimtab.recipes.algorithm import (
     CriticOptions,
     KlOptions,
     check_critic,
-    check_sampling,
+    check_online,
     new_history,
     objective_of,
     resolve,
@@ -26,20 +26,17 @@ from trimtab.recipes.options import (
     RewardChoice,
     RunOptions,
     SamplingOptions,
-    check_options,
     check_outside,
 )
 
 if TYPE_CHECKING:
     from trimtab.algorithms import Algorithm
     from trimtab.batches import DemonstrationBatch, MixedBatch, PolicyBatch
-    from trimtab.models import FrozenPolicy, Policy, ScalarModel
+    from trimtab.models import Policy, ScalarModel
     from trimtab.objectives import PolicyObjective
-    from trimtab.records import Prompt
     from trimtab.rewards import Reward
-    from trimtab.rollouts import Account, History, Stages
+    from trimtab.rollouts import Account, History
     from trimtab.run import Run
-    from trimtab.sampling import Samples
 
 
 @dataclass(frozen=True)
@@ -71,37 +68,32 @@ class Rl:
 
 def rl(config: Rl) -> None:
     """Sample, score, credit, step."""
-    from trimtab.models import load_policy
-    from trimtab.recipes import training
-    from trimtab.records import Prompt
+    from trimtab.recipes import online, training
     from trimtab.rollouts import policy_batches
 
     algorithm, history = checked(config)
-    loaded = training.read_parts(config.data, Prompt)
-    reward = load_reward(config)
-    policy = training.load(load_policy, config)
-    policy.module.temperature = config.sampling.temperature
-    prompts = {part: fitting(policy, some.records, config) for part, some in loaded.items()}
-    check_prompts(prompts["train"], config)
+    sampler = training.sampler_of(config.sampling)
+    policy, reward, prompts = online.load_parts(config, online.load_reward)
     shown = demonstrations(policy, config)
     critic = load_critic(policy, reward, config) if algorithm.critic else None
-    run = training.open_run("rl", config, policy, {part: {"prompts": len(some)} for part, some in prompts.items()})
-    reference = policy.reference()
+    run = online.open_run("rl", config, policy, prompts)
+    reference, size = policy.reference(), config.algorithm.group_size
     training.split_weights(run, config, policy, reference, *([critic] if critic else []))
-    stages = stages_of(policy, reference, reward, critic, algorithm, config)
-    watch = watcher(run, history)
     batches = policy_batches(
-        draws(prompts["train"], config),
-        stages,
+        online.draws(prompts["train"], config),
+        online.stages_of(policy, reference, reward, config, sampler, critic=critic, exact_kl=algorithm.kl == "exact"),
         algorithm,
         history,
-        group_size=config.algorithm.group_size,
+        group_size=size,
         seed=config.run.seed,
-        watch=watch,
+        watch=watcher(run, history),
     )
     learner, updates = learning(policy, critic, shown, batches, algorithm, config)
-    save_memory(run, policy, critic, prompts["train"], config)
-    evaluate = evaluation(run, stages, policy, reference, prompts["eval"], config) if "eval" in prompts else None
+    networks = [policy, critic] if critic else [policy]
+    longest_shown = config.data.max_length if shown else 0
+    online.save_memory(run, networks, prompts["train"], config, item_rows=size, length=longest_shown)
+    measure = online.reward_measure(reward)
+    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config, sampler)
     training.train_online(run, learner, updates, evaluate, policy, prompts.get("eval", prompts["train"]), config)
     if critic:
         critic.save(run.directory / "critic")
@@ -112,16 +104,12 @@ def rl(config: Rl) -> None:
 
 def checked(config: Rl) -> tuple[Algorithm, History]:
     """The algorithm and an empty history, once no flag means nothing."""
-    check_options(config)
-    given = {"--critic": config.critic.critic, "--ptx-data": config.ptx.ptx_data}
-    for flag, value in [*given.items(), *(("--reward", name) for name in config.reward.reward)]:
+    check_online(config)
+    for flag, value in {"--critic": config.critic.critic, "--ptx-data": config.ptx.ptx_data}.items():
         check_outside(config.run.out, flag, value)
-    check_sampling(config.sampling)
     algorithm = resolve(config.algorithm, config.kl)
     check_critic(config.algorithm.algorithm, config.critic, algorithm, config.steps.steps)
     check_demonstrations(config.ptx)
-    if config.data.overlong not in ("error", "drop"):
-        raise ValueError(f"--overlong {config.data.overlong}: prompts are never cut here; give error or drop.")
     answers = config.algorithm.group_size * config.algorithm.prompts_per_step
     return algorithm, new_history(algorithm, config.kl, answers)
 
@@ -132,44 +120,6 @@ def check_demonstrations(options: PtxOptions) -> None:
         raise ValueError(f"--ptx-coef {options.ptx_coef}: a number that is not negative is needed.")
     if (options.ptx_data is None) != (options.ptx_coef == 0):
         raise ValueError("--ptx-data and --ptx-coef belong together: give both, the weight above 0.")
-
-
-def check_prompts(prompts: Sequence[Prompt], config: Rl) -> None:
-    """Refuse a rollout of more prompts than there are."""
-    wanted = config.algorithm.prompts_per_step
-    if len(prompts) < wanted:
-        raise ValueError(f"--prompts-per-step {wanted}: --data has {len(prompts)} prompts that can be used.")
-
-
-def load_reward(config: Rl) -> Reward:
-    """The reward of all --reward flags together."""
-    from trimtab.recipes import training
-    from trimtab.rewards import parse_rewards
-
-    options = {**training.scoring(config.model), "max_length": config.data.max_length}
-    return parse_rewards(config.reward.reward, config.reward.reward_weights, **options)
-
-
-def fitting(policy: Policy, prompts: Sequence[Prompt], config: Rl) -> list[Prompt]:
-    """The prompts that leave room for an answer; others are an error, or dropped and counted."""
-    from trimtab.progress import console
-
-    room = config.data.max_length - config.sampling.max_new_tokens
-    kept = [prompt for prompt, length in zip(prompts, prompt_lengths(policy, prompts), strict=True) if length <= room]
-    if len(kept) < len(prompts):
-        told = f"{len(prompts) - len(kept)} of {len(prompts)} prompts are longer than {room} tokens (--max-length"
-        told += f" {config.data.max_length} minus --max-new-tokens {config.sampling.max_new_tokens})"
-        if config.data.overlong != "drop":
-            raise ValueError(f"{told}. Raise --max-length, or leave them out with --overlong drop.")
-        console.print(f"{told}: dropped")
-    return kept
-
-
-def prompt_lengths(policy: Policy, prompts: Sequence[Prompt]) -> list[int]:
-    """Tokens of each prompt."""
-    from trimtab.tokens import encode_prompts
-
-    return [len(ids) for ids in encode_prompts(policy.tokenizer, prompts)]
 
 
 def demonstrations(policy: Policy, config: Rl) -> Iterator[DemonstrationBatch] | None:
@@ -219,50 +169,7 @@ def load_critic(policy: Policy, reward: Reward, config: Rl) -> ScalarModel:
     return critic
 
 
-def draws(prompts: Sequence[Prompt], config: Rl) -> Iterator[list[Prompt]]:
-    """The prompts of each rollout: epoch after epoch, each in its own order."""
-    from trimtab.batches import batch_indices
-
-    size = config.algorithm.prompts_per_step
-    # There are at most as many rollouts as steps.
-    for index in batch_indices(len(prompts), size, seed=config.run.seed, steps=config.steps.steps):
-        yield [prompts[i] for i in index]
-
-
 # ---- What happens to it
-
-
-def stages_of(
-    policy: Policy,
-    reference: FrozenPolicy,
-    reward: Reward,
-    critic: ScalarModel | None,
-    algorithm: Algorithm,
-    config: Rl,
-) -> Stages:
-    """What a rollout passes through."""
-    from trimtab.critic import values_before
-    from trimtab.rollouts import Stages
-    from trimtab.sampling import sample
-
-    settings, group_size = asdict(config.sampling), config.algorithm.group_size
-
-    def draw(prompts: Sequence[Prompt], n: int, *, step: int) -> Samples:
-        return sample(policy, prompts, n, seed=config.run.seed, step=step, **settings)
-
-    def greedy(prompts: Sequence[Prompt]) -> Samples:
-        return sample(policy, prompts, **{**settings, "temperature": 0.0})
-
-    return Stages(
-        draw=draw,
-        greedy=greedy,
-        reward=reward,
-        reference=reference.logprobs,
-        policy=policy.logprobs,
-        critic=partial(values_before, critic) if critic else None,
-        exact_kl=partial(policy.kl, reference=reference) if algorithm.kl == "exact" else None,
-        max_rows=max(1, config.steps.micro_batch_rows // group_size) * group_size,  # whole groups share a prompt
-    )
 
 
 def learning(
@@ -314,17 +221,6 @@ def critic_first(batches: Iterator[Any], weights: Sequence[Any], updates: int) -
         yield batch
 
 
-def save_memory(run: Run, policy: Policy, critic: ScalarModel | None, prompts: Sequence[Prompt], config: Rl) -> None:
-    """Gradient checkpointing for what the longest answers to the longest prompts need."""
-    from trimtab.recipes import training
-
-    rows = max(config.steps.micro_batch_rows, config.algorithm.group_size)
-    length = max(prompt_lengths(policy, prompts)) + config.sampling.max_new_tokens
-    length = length if config.ptx.ptx_data is None else max(length, config.data.max_length)
-    models = [policy, critic] if critic else [policy]
-    training.save_memory(run, models, config.steps.gradient_checkpointing, rows, length)
-
-
 # ---- What is told
 
 
@@ -347,61 +243,12 @@ def watcher(run: Run, history: History) -> Callable[[Account], None]:
 
 def told_of(account: Account) -> dict[str, Any]:
     """The figures of a rollout and the answers to its first prompt, for rollouts.jsonl."""
-    rollouts, scored = account.rollouts, account.scored
-    scores = rollouts.scores[rollouts.valid]
-    answers = []
-    for i in range(scored.samples.n):
-        parts = {name: values[i] for name, values in scored.parts.items()}
-        answer = {"text": scored.samples.texts[i], "reward": scored.rewards[i]}
-        answers.append({**answer, **({"parts": parts} if parts else {})})
+    from trimtab.recipes import online
+
+    scores = account.rollouts.scores[account.rollouts.valid]
     return {
-        "rollout": account.number,
-        "reward": scores.mean().item(),
-        "reward_std": scores.std(correction=0).item(),
-        "kl": rollouts.mean_kl,
+        **online.told(account),
+        "reward_std": scores.std(correction=0).item() if len(scores) else math.nan,
         "kl_coefficient": account.kl_coefficient,
         "explained_variance": account.explained_variance,
-        "seconds": dict(account.seconds),
-        "prompt": scored.samples.prompts[0].text,
-        "answers": answers,
     }
-
-
-EVALUATION_ANSWERS = 2
-
-
-def evaluation(
-    run: Run, stages: Stages, policy: Policy, reference: FrozenPolicy, prompts: Sequence[Prompt], config: Rl
-) -> Callable[[int], Mapping[str, float]]:
-    """Reward, exact KL and length on held-out prompts, always by the same uniform numbers.
-
-    With --eval-every, the policy with the best reward so far is kept as checkpoints/best.
-    """
-    from trimtab.evals.drift import drift
-    from trimtab.evals.intervals import bootstrap_mean
-    from trimtab.progress import console
-    from trimtab.rollouts import score
-    from trimtab.sampling import sample
-
-    best = -math.inf
-
-    def evaluate(step: int) -> Mapping[str, float]:
-        nonlocal best
-        samples = sample(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **asdict(config.sampling))
-        mean = bootstrap_mean(prompt_means(score(stages.reward, samples).rewards, samples.n), config.run.seed)
-        moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
-        figures = {"reward": mean.value, "reward_low": mean.low, "reward_high": mean.high}
-        figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
-        console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if step and config.run.eval_every and mean.value > best:
-            best = mean.value
-            run.checkpoint(policy.save, "best")
-        return figures
-
-    return evaluate
-
-
-def prompt_means(scores: Sequence[float | None], n: int) -> list[float]:
-    """The mean score of each prompt's answers; answers and prompts without a score are left out."""
-    groups = ([score for score in scores[i : i + n] if score is not None] for i in range(0, len(scores), n))
-    return [sum(group) / len(group) for group in groups if group]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from trimtab.recipes.options import (
     DataOptions,
     LoraOptions,
     ModelOptions,
+    OptimizerOptions,
     RunOptions,
     StepOptions,
     check_options,
@@ -23,7 +24,7 @@ class Sft:
     data: DataOptions
     run: RunOptions
     lora: LoraOptions = LoraOptions()
-    steps: StepOptions = field(default_factory=lambda: StepOptions(lr=2e-5, schedule="cosine"))
+    steps: StepOptions = StepOptions(lr=2e-5, optimizer=OptimizerOptions(schedule="cosine"))
     turns: Literal["last", "all"] = "last"
     """Which assistant turns of a conversation carry loss."""
     packing: bool = True

@@ -23,14 +23,14 @@ from trimtab.memory import choose_checkpointing, recompute_layers
 from trimtab.models import FrozenPolicy, Policy, load_policy
 from trimtab.objectives import Objective
 from trimtab.progress import console
-from trimtab.recipes.options import DataOptions, OnlineStepOptions, StepOptions, flatten
+from trimtab.recipes.options import DataOptions, OnlineStepOptions, SamplingOptions, StepOptions, flatten
 from trimtab.records import Prompt
 from trimtab.reference_cache import check_folder, open_cache
 from trimtab.references import LiveReference, NoReference, Reference, blend, item_batches, moving, store
 from trimtab.report import write_report
 from trimtab.rewards import RULES
 from trimtab.run import Run, seed_everything, write_json
-from trimtab.sampling import sample
+from trimtab.sampling import Sampler, VllmServer, sample
 from trimtab.tokens import Encoded
 
 Collate = Callable[[Sequence[Encoded], int], Any]
@@ -69,8 +69,9 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved[name] = absolute(resolved[name])
     if "reward" in resolved:
         resolved["reward"] = [name if name in RULES else absolute(name) for name in resolved["reward"]]
-    if (resolved.get("judge") or "").startswith("reward:"):
-        resolved["judge"] = f"reward:{absolute(resolved['judge'].removeprefix('reward:'))}"
+    kind, _, name = (resolved.get("judge") or "").partition(":")
+    if kind in ("reward", "labels"):
+        resolved["judge"] = f"{kind}:{absolute(name)}"
     parallel.meet()  # until every rank has seen that there is no such directory yet
     run = Run.create(config.run.out, config=resolved, seed=config.run.seed, overwrite=config.run.overwrite)
     if parallel.is_first():
@@ -142,7 +143,7 @@ def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:
 def lay_out(model: Any, config: Any) -> None:
     """Let rows share prompts and sequences as the options say, where the family can; says where it cannot."""
     packing = getattr(config, "packing", True)
-    share = config.steps.share_prompts and packing
+    share = config.steps.optimizer.share_prompts and packing
     wanted, possible = share or (packing and hasattr(config, "packing")), model.body.can_lay_out
     if wanted and not possible:
         console.print(f"{config.model.model} cannot run several rows in one sequence: every row runs alone.")
@@ -162,6 +163,16 @@ def load_for_sampling(config: Any) -> Any:
     policy = load_policy(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
     console.print(f"{model.model} on {policy.device}: {policy.arithmetic.why}")
     return policy
+
+
+def sampler_of(options: SamplingOptions) -> Sampler:
+    """What draws the answers: this library, or a server that answers already."""
+    kind, _, url = options.sampler.partition(":")
+    if options.sampler == "own":
+        return sample
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ValueError(f"--sampler {options.sampler}: give own, or vllm:URL such as vllm:http://127.0.0.1:8000.")
+    return VllmServer(url)
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -277,7 +288,7 @@ def train(
     """Train for `steps`, evaluate before and after, save the model, and say where it is; returns the last figures."""
     options: StepOptions = config.steps
     sequences, length = largest_shape(learner.model, items["train"], options)
-    save_memory(run, [learner.model], options.gradient_checkpointing, sequences, length)
+    save_memory(run, [learner.model], options.optimizer.gradient_checkpointing, sequences, length)
     batches = items["train"].epochs(batch_size=options.batch_size, seed=config.run.seed, steps=steps)
     prompts = prompts_of(items.get("eval", items["train"]))
     write_samples(run, learner.model, prompts, config, step=0)
@@ -429,11 +440,10 @@ def make_learner(
     A critic's weights learn at their own rate.
     """
     others = [(critic[0].trainable_parameters(), critic[1])] if critic else []
-    parameters = model.trainable_parameters()
-    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=options.weight_decay, others=others)
-    warmup_steps = round(options.warmup * steps)
-    schedule = make_schedule(optimizer, kind=options.schedule, warmup_steps=warmup_steps, steps=steps)
-    return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, options.max_grad_norm)
+    parameters, how = model.trainable_parameters(), options.optimizer
+    optimizer = make_optimizer(parameters, lr=options.lr, weight_decay=how.weight_decay, others=others)
+    schedule = make_schedule(optimizer, kind=how.schedule, warmup_steps=round(how.warmup * steps), steps=steps)
+    return Learner(model, objective, optimizer, schedule, options.micro_batch_rows, how.max_grad_norm)
 
 
 def held_out(learner: Learner, items: Items | None, batch_size: int) -> Callable[[int], dict[str, float]] | None:

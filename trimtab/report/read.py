@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from trimtab.untrusted import read_json_lines, read_json_object, read_text
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -32,33 +33,17 @@ def read_run(directory: Path) -> RunRecord:
         raise FileNotFoundError(f"No run directory at '{directory}'. Give the --out directory of a trimtab command.")
     return RunRecord(
         name=directory.resolve().name,
-        config=_required(directory, "config.yaml").read_text(encoding="utf-8"),
-        environment=json.loads(_required(directory, "environment.json").read_text(encoding="utf-8")),
-        metrics=read_rows(_required(directory, "metrics.jsonl")),
+        config=read_text(_required(directory, "config.yaml")),
+        environment=read_json_object(_required(directory, "environment.json")),
+        metrics=read_json_lines(_required(directory, "metrics.jsonl")),
         evals=_optional_rows(directory / "evals.jsonl"),
         samples=_optional_rows(directory / "samples.jsonl"),
     )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, one a line."""
-    lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 inside a string ends no row
-    return [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{number} is not JSON ({error.msg}). Was the run cut off? Remove the line.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}:{number} holds {type(row).__name__}, but every line must be a JSON object.")
-    return row
-
-
 def _required(directory: Path, name: str) -> Path:
     path = directory / name
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(
             f"Run '{directory}' has no {name}, so it is not a finished trimtab run. "
             "Give the --out directory of a trimtab command that trained a model."
@@ -67,4 +52,4 @@ def _required(directory: Path, name: str) -> Path:
 
 
 def _optional_rows(path: Path) -> list[dict[str, Any]]:
-    return read_rows(path) if path.is_file() else []
+    return read_json_lines(path) if path.exists() else []

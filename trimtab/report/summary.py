@@ -11,8 +11,17 @@ START = "start"
 BEST_OF = "best-of-"
 """How the keys of the best-of-n family begin."""
 
-NAMES = {START: "Start model", "simpo": "SimPO"} | {
-    key: key.upper() for key in ("sft", "dpo", "ipo", "kto", "orpo", "cpo", "ppo", "rloo", "grpo")
+NAMES = {
+    START: "Start model",
+    "simpo": "SimPO",
+    "remax": "ReMax",
+    "reinforce_pp": "REINFORCE++",
+    "ppo_max": "PPO-max",
+    "ppo_max_script": "PPO-max (script)",
+    "dr_grpo": "Dr. GRPO",
+} | {
+    key: key.upper()
+    for key in ("sft", "dpo", "ipo", "kto", "orpo", "cpo", "ppo", "rloo", "grpo", "reinforce", "dapo", "gspo")
 }
 
 COLORS = {START: "c0", "dpo": "c2", "sft": "c3", "kto": "c4", "ppo": "c5", "rloo": "c6", "grpo": "c3"}

@@ -22,6 +22,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     measured = [entry for entry in methods.values() if interval(entry, "gold_gain")]
     ranked = _family_once(sorted(measured, key=lambda entry: interval(entry, "gold_gain") or (), reverse=True))
     sentences = [_gain_sentence(entry, start) for entry in ranked]
+    sentences += _equal_kl_sentences(summary, start)
     sentences += [_gaming_sentence(entry) for entry in ranked if _is_gamed(entry, start)]
     return sentences + _reward_model_sentences(summary)
 
@@ -103,6 +104,41 @@ def _is_gamed(entry: Mapping[str, Any], start: Mapping[str, Any]) -> bool:
 def _gaming_sentence(entry: Mapping[str, Any]) -> str:
     name = method_name(entry["method"])
     return f"{name} pleases the reward model more than the start model does, but not the gold reward: read its answers."
+
+
+def _equal_kl_sentences(summary: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
+    """What the methods' paths reach at the largest KL that all of them come to; nothing for less than two paths."""
+    before, paths = interval(start, "gold"), _frontier_paths(summary)
+    if before is None or len(paths) < 2:
+        return []
+    shared = min(max(kl for kl, _ in path) for path in paths.values())
+    reached = {method: _read_off([(0.0, before.value), *path], shared) for method, path in paths.items()}
+    if shared <= 0:
+        return []
+    ranked = sorted(reached.items(), key=lambda found: -found[1])
+    told = ", ".join(f"{plain(gold)} by {method_name(method)}" for method, gold in ranked)
+    return [
+        f"At equal KL ({plain(shared, 1)} nats per answer) the gold reward is {told}: "
+        "read off between the measured points, without intervals."
+    ]
+
+
+def _frontier_paths(summary: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """KL and gold reward of each method's points of the frontier."""
+    paths: dict[str, list[tuple[float, float]]] = {}
+    for point in summary.get("frontier") or ():
+        kl, gold = interval(point, "kl"), interval(point, "gold")
+        if kl and gold:
+            paths.setdefault(point["method"], []).append((kl.value, gold.value))
+    return paths
+
+
+def _read_off(path: Sequence[tuple[float, float]], kl: float) -> float:
+    """The gold reward at a KL: on the straight line between the nearest points below and above it."""
+    low = max((point for point in path if point[0] <= kl), key=lambda point: point[0])
+    high = min((point for point in path if point[0] >= kl), key=lambda point: point[0])
+    share = (kl - low[0]) / (high[0] - low[0]) if high[0] > low[0] else 0.0
+    return low[1] + share * (high[1] - low[1])
 
 
 def _reward_model_sentences(summary: Mapping[str, Any]) -> list[str]:

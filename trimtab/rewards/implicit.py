@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch import Tensor
 
 from trimtab.batches import Tokens
@@ -16,10 +15,15 @@ from trimtab.records import Answer, Prompt
 from trimtab.rewards.models import answer_rows, in_batches
 from trimtab.rewards.scores import checked
 from trimtab.tokens import Overlong
+from trimtab.untrusted import read_yaml_mapping
 
 if TYPE_CHECKING:
     from trimtab.losses.arguments import Term
     from trimtab.models import Policy, Scorer
+
+
+NO_REFERENCE = "none"
+"""What `reference=` says where the policy alone is to score."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,12 @@ class ImplicitReward:
     """The reward that a policy implies: beta (log pi(y|x) - log pi_ref(y|x)), nats times beta per answer.
 
     Rafailov et al. 2023, eq. 5, without beta log Z(x), which all answers to a prompt share: compare scores of answers
-    to one prompt only.
+    to one prompt only. Without a reference it is beta log pi(y|x), which favours short answers.
     """
 
     name: str
     policy: Policy
-    reference: Scorer
+    reference: Scorer | None
     beta: float
     max_length: int | None = None
     overlong: Overlong = "error"
@@ -46,7 +50,8 @@ class ImplicitReward:
 
     def scores(self, tokens: Tokens) -> Tensor:
         """The implicit reward of every row, `[B]`."""
-        return self.beta * (self.policy.logprobs(tokens).sum(-1) - self.reference.logprobs(tokens).sum(-1))
+        own = self.policy.logprobs(tokens).sum(-1)
+        return self.beta * (own if self.reference is None else own - self.reference.logprobs(tokens).sum(-1))
 
 
 # ---- What implicit:RUN says
@@ -54,10 +59,10 @@ class ImplicitReward:
 
 @dataclass(frozen=True)
 class ImplicitSource:
-    """What an implicit reward is made of: where the policy and its reference are, and beta."""
+    """What an implicit reward is made of: where the policy and its reference (None: without) are, and beta."""
 
     policy: str
-    reference: str
+    reference: str | None
     beta: float
 
 
@@ -66,26 +71,36 @@ def load_implicit(
 ) -> ImplicitReward:
     from trimtab.models import load_policy
 
-    policy, reference = load_policy(source.policy, **options), load_policy(source.reference, **options)
+    policy = load_policy(source.policy, **options)
+    if source.reference is None:
+        return ImplicitReward(text, policy, None, source.beta, **limits)
+    reference = load_policy(source.reference, **options)
     if policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
         raise ValueError(f"{source.policy} and {source.reference} have different vocabularies, so {text} has no value")
     return ImplicitReward(text, policy, reference, source.beta, **limits)
 
 
 def implicit_source(text: str) -> ImplicitSource:
-    """What `implicit:RUN[,reference=M][,beta=B]` means; what it leaves out stands in the run's config.yaml."""
+    """What `implicit:RUN[,reference=M][,beta=B]` means; what it leaves out stands in the run's config.yaml.
+
+    `reference=none` scores without a reference; its beta is 1 unless given.
+    """
     policy, *settings = text.removeprefix("implicit:").split(",")
     parts = [setting.partition("=") for setting in settings]
     given = {name: value for name, _, value in parts}
     unknown = [name for name, value in given.items() if name not in ("reference", "beta") or not value]
     if unknown or not policy:
         raise ValueError(f"reward {text!r} is not of the form implicit:RUN[,reference=M][,beta=B]")
+    if given.get("reference") == NO_REFERENCE:
+        given.setdefault("beta", "1")
     config = read_config(policy) if len(given) < 2 else {}
     reference = given.get("reference") or config.get("ref_model") or config.get("model")
     if not reference:
         raise ValueError(f"{policy} is no run directory with a start model: type {text},reference=MODEL")
     return ImplicitSource(
-        policy, str(reference), to_beta(text, given["beta"]) if "beta" in given else run_beta(text, config)
+        policy,
+        None if reference == NO_REFERENCE else str(reference),
+        to_beta(text, given["beta"]) if "beta" in given else run_beta(text, config),
     )
 
 
@@ -95,7 +110,7 @@ def read_config(run: str) -> dict[str, Any]:
     if not path.exists() and (run.startswith((".", "/", "~")) or run.count("/") != 1):
         raise FileNotFoundError(f"there is no run directory {run}: implicit: needs a run of trimtab dpo or trimtab kto")
     config = path / "config.yaml"
-    return yaml.safe_load(config.read_text(encoding="utf-8")) or {} if config.is_file() else {}
+    return read_yaml_mapping(config) if config.exists() else {}
 
 
 def to_beta(text: str, value: str) -> float:

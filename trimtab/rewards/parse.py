@@ -29,6 +29,7 @@ def parse_reward(text: str, **options: Any) -> Reward:
     length | sentiment | exact-match         a built-in rule (`RULES`)
     py:package.module:function               a Python function with TRL's signature
     implicit:RUN[,reference=M][,beta=B]      the implicit reward of a run's policy against its start model
+    implicit:RUN,reference=none              the same without a reference: the answer's log-probability
     ensemble:mean|min|uwo(R1,R2,...)         the mean, the worst, or mean minus lambda times variance of rewards
     ensemble:uwo:lambda=L(R1,R2,...)         the same with another lambda than 0.5
     anything else                            a reward model: run directory, folder or hub id
