@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,18 +121,18 @@ def figures(run: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in rows]
 
 
-def compare(one: Path, many: Path) -> None:
-    """Losses and figures of every step, evaluations, answers and final weights are the same to 1e-5."""
+def compare(one: Path, many: Path, near: float = 1e-5) -> None:
+    """Losses and figures of every step, evaluations, answers and final weights are the same to 1e-5, or `near`."""
     assert lines_of(one, "metrics") and lines_of(one, "samples") == lines_of(many, "samples")
     for name in ("metrics", "evals"):
         for ours, theirs in zip(figures(one, name), figures(many, name), strict=True):
-            assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-5, nan_ok=True), (many, name, ours["step"])
+            assert theirs == pytest.approx(ours, rel=near, abs=near, nan_ok=True), (many, name, ours["step"])
     told = [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(one, "rollouts")]
     assert told == [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(many, "rollouts")]
     weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, many))
     assert weights.keys() == others.keys()
     for name in weights:
-        assert torch.allclose(weights[name], others[name], rtol=0, atol=1e-5), (many, name)
+        assert torch.allclose(weights[name], others[name], rtol=0, atol=near), (many, name)
 
 
 def check_cases(split: dict[str, tuple[str, list[str]]], whole: dict[str, tuple[str, list[str]]]) -> None:
@@ -165,6 +168,81 @@ def test_three_ranks() -> None:
     run("dpo", [*flags, "--out", "one"])
     on_ranks([("dpo", [*flags, "--out", "three"])], count=3)
     compare(Path("one"), Path("three"))
+
+
+# ---- Going on
+
+
+RESUMED: dict[str, tuple[str, list[str]]] = {
+    # The reference has moved when the run is cut, and moves again.
+    "moving": ("dpo", [*OFFLINE, *EVALUATED, "--reference", "moving", "--reference-args", "every=2", "alpha=0.5"]),
+    # The third step is the first of two updates on the same answers.
+    "ppo": ("ppo", [*ONLINE, "--minibatches", "2", "--kl-target", "2", "--score-shape", "normalized"]),
+    "adapter": ("reward", [*OFFLINE, *EVALUATED, "--lora-rank", "4", "--shard", "none"]),
+}
+SAVED = ["--steps", "5", "--save-every", "3", "--schedule", "linear"]
+
+
+def test_a_resumed_run_is_the_unbroken_one_on_as_many_ranks_and_on_one() -> None:
+    def jobs(folder: str, *flags: str) -> list[tuple[str, list[str]]]:
+        return [
+            (command, [*COMMON, *given, *SAVED, "--out", f"{folder}/{name}", *flags])
+            for name, (command, given) in RESUMED.items()
+        ]
+
+    on_ranks(jobs("whole"))
+    assert {path.name for path in Path("whole", "ppo", "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
+    for folder in ("again", "alone"):
+        shutil.copytree("whole", folder)
+        for model in Path(folder).glob("*/model"):
+            shutil.rmtree(model)
+    on_ranks(jobs("again", "--resume-from", "step-00000003"))
+    for command, flags in jobs("alone", "--resume-from", "step-00000003"):
+        run(command, [flag for flag in flags if flag not in ("--shard", "none")])
+    for name in RESUMED:
+        compare(Path("whole", name), Path("again", name), near=1e-6)
+        compare(Path("whole", name), Path("alone", name))
+    ranks = [json.loads(Path(folder, "ppo", "environment.json").read_text()) for folder in ("again", "alone")]
+    assert [[one["ranks"], one["resumed"][0]["ranks"]] for one in ranks] == [[2, 2], [2, 1]]
+
+
+def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on() -> None:
+    flags = [*COMMON, *CASES["sft"][1], "--steps", "40", "--lr", "1e-5", "--out", "run"]
+    metrics = Path("run", "metrics.jsonl")
+    with Path("told").open("w") as told:
+        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "sft", *flags, "--nproc", "2"], stderr=told)
+    try:
+        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(120) == 128 + signal.SIGTERM
+    finally:
+        launcher.kill()
+    said, steps = Path("told").read_text(), len(lines_of(Path("run"), "metrics"))
+    assert said.count("trimtab: stopped after step") == 1 and f"stopped after step {steps} of 40, as asked" in said
+    assert "Traceback" not in said
+    assert [path.name for path in Path("run", "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    (typed,) = re.findall(r"^  trimtab (.*)$", said, re.MULTILINE)
+    assert typed.endswith("--resume --nproc 2")
+    again = trimtab(*shlex.split(typed))
+    assert again.returncode == 0 and f"going on after step {steps}" in again.stderr, again.stderr
+    assert [row["step"] for row in lines_of(Path("run"), "metrics")] == list(range(1, 41))
+    run("sft", [*flags[:-1], "one"])
+    compare(Path("one"), Path("run"))
+    finished = trimtab(*shlex.split(typed))
+    assert finished.returncode == 0 and finished.stderr.count("is finished (step 40)") == 1, finished.stderr
+
+
+def test_all_ranks_skip_the_step_that_one_of_them_cannot_take() -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    write(Path("broken.jsonl"), [*rows[:-1], {**rows[-1], "weight": 3e38}])
+    flags = [*COMMON, *OFFLINE, "--data", "broken.jsonl", "--steps", "4", "--on-nonfinite", "skip"]
+    jobs = [("sft", [*flags, "--shard", shard, "--out", shard]) for shard in ("full", "none")]
+    on_ranks(jobs)
+    run("sft", [*flags, "--out", "one"])
+    assert sorted(row.get("skipped", 0) for row in lines_of(Path("one"), "metrics"))[-2:] == [0, 1]
+    compare(Path("one"), Path("full"))
+    compare(Path("one"), Path("none"))
 
 
 # ---- The command line

@@ -94,17 +94,26 @@ class Learner:
         return {names[id(parameter)]: parameter for parameter in self.parameters}
 
     def state_dict(self) -> State:
-        """The weights that train, in their own precision; AdamW's means by weight; learning rates and their step."""
+        """The weights that train, in their own precision; AdamW's means by weight; learning rates and their step.
+
+        All ranks ask at once, and the first one gets what is split.
+        """
+        weights = {name: parallel.gathered(weight) for name, weight in self.named().items()}
         moments = {name: self.optimizer.state.get(weight, {}) for name, weight in self.named().items()}
+        moments = {name: {key: parallel.gathered(one) for key, one in some.items()} for name, some in moments.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"weights": self.named(), "optimizer": moments, "lr": rates, "schedule": self.schedule.state_dict()}
+        return {"weights": weights, "optimizer": moments, "lr": rates, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Go on as the learner that gave `state`. ValueError where that one had other weights."""
         copy_weights(self.named(), state["weights"])
         for name, weight in self.named().items():
             moments = state["optimizer"].get(name, {})
-            self.optimizer.state[weight] = {key: value.to(weight.device) for key, value in moments.items()}
+            here = {key: value.to(weight.device) for key, value in moments.items()}
+            # AdamW counts its steps in a tensor without dimensions, which is whole everywhere.
+            self.optimizer.state[weight] = {
+                key: parallel.split_as(value, weight) if value.ndim else value for key, value in here.items()
+            }
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr
         self.schedule.load_state_dict(dict(state["schedule"]))

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimtab.batches import Mean, PerToken, Tokens, pieces
 from trimtab.progress import console
@@ -303,6 +303,25 @@ def here(tensor: Tensor) -> Tensor:
 def together(tensor: Tensor) -> Tensor:
     """The whole of a split tensor; another tensor itself. All ranks ask at once."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a split tensor in the first rank's own memory, nothing elsewhere; another tensor itself.
+
+    All ranks ask at once.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole = together(tensor.detach())
+    return whole.cpu() if is_first() else whole.new_empty(0)
+
+
+def split_as(whole: Tensor, other: Tensor) -> Tensor:
+    """A tensor that every rank has whole, split as another one is; itself where that is whole."""
+    if not isinstance(other, DTensor):
+        return whole
+    parts = distribute_tensor(whole.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+    return parts.clone()  # a part alone would keep the whole
 
 
 def fill(blank: nn.Module, network: nn.Module, *, everywhere: bool) -> None:

@@ -132,7 +132,7 @@ class Run:
             own = saved["run"]
             self.step, self.evaluation = own["step"], own["evaluation"]
             self.best, self.skipped = own["best"], own["skipped"]
-            set_random_state(own["random"])
+            set_random_state(own.get("others_random", {}).get(str(parallel.rank()), own["random"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.checkpoint} cannot be used here: {error}") from error
         parallel.first_tells(partial(self._go_back, own["files"]))
@@ -263,9 +263,7 @@ class Run:
         if self.checkpoint and step_of(self.checkpoint) == self.step:
             return
         check_weights(learner, self._last_good())
-        with_state = with_state and parallel.ranks() == 1  # only then all of it is here
-        parts = {name: part.state_dict() for name, part in safety.parts.items()} if with_state else {}
-        state = {"run": self._state(), **parts}
+        state = {"run": self._state(), **{name: part.state_dict() for name, part in safety.parts.items()}}
         folder = self.directory / "checkpoints" / f"step-{self.step:08d}"
         try:
             write_together(folder, step=self.step, state=state if with_state else {}, save=safety.save)
@@ -278,11 +276,11 @@ class Run:
     def _state(self) -> State:
         files = {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.jsonl"))}
         own = {name: getattr(self, name) for name in ("step", "evaluation", "best", "skipped")}
-        return {**own, "files": files, "random": random_state()}
+        first, *others = parallel.gather(random_state())
+        of_others = {"others_random": {str(rank): state for rank, state in enumerate(others, 1)}} if others else {}
+        return {**own, "files": files, "random": first, **of_others}
 
     def _last_good(self) -> str:
-        if parallel.ranks() > 1:
-            return f"What was written is in {self.directory}."
         if self.checkpoint is None:
             return f"There is no checkpoint yet (--save-every). What was written is in {self.directory}."
         return f"The last good checkpoint is {self.checkpoint}; go on from it with:\n  {self.go_on}"
@@ -359,6 +357,9 @@ def note_resumed(run: Path, seed: int) -> None:
     now = environment(seed)
     if known and known["versions"] != now["versions"]:
         console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
+    before = [known, *known.get("resumed", ())][-1].get("ranks", 1)
+    if before != now["ranks"]:
+        console.print(f"[yellow]ranks: {before} before, {now['ranks']} now: last digits may differ[/yellow]")
     resumed = [*known.get("resumed", ()), {name: now[name] for name in ("started", "versions", "commit", "ranks")}]
     known.pop("finished", None)
     write_json(run / "environment.json", {**now, **known, "resumed": resumed})

@@ -179,8 +179,6 @@ def check_ranks(config: Any) -> None:
     count, shard = int(os.environ.get("WORLD_SIZE", "1")), config.run.shard
     if count == 1 and shard is not None:
         raise ValueError(f"--shard {shard} has no effect on one process: add --nproc N, or leave it out.")
-    if count > 1 and (config.run.resume or config.run.resume_from):
-        raise ValueError(f"--resume: checkpoints of {count} processes hold the model alone. Begin again, or on one.")
     if count > 1 and config.model.device.startswith("cuda:"):
         raise ValueError(f"--device {config.model.device}: each of {count} processes has its own. Give --device cuda.")
     if count > 1 and getattr(getattr(config, "sampling", None), "sampler", "own") != "own":
