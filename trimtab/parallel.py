@@ -40,6 +40,8 @@ S = TypeVar("S")
 
 TIMEOUT = timedelta(hours=1)
 """How long a rank waits for the others: longer than the slowest reward. One that fails is told, and not waited for."""
+SECONDS_TO_STOP = 600
+"""How long ranks that are asked to stop may take to end their step and save."""
 ENOUGH = 0.9
 """The share of the free memory that a policy's weights may take when they are put together for sampling."""
 GIB = 2**30
@@ -379,6 +381,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the rank that fails says why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -388,7 +391,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        shutdown_timeout=int(TIMEOUT.total_seconds()),  # ranks that are asked to stop end their step and save
     )
     try:
         elastic_launch(config, sys.executable)("-m", "trimtab", *arguments)
