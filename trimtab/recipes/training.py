@@ -105,11 +105,18 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
 def check_data(run: Path, facts: Mapping[str, Any]) -> None:
     """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
     path = run / "data.json"
-    if checkpoints_of(run) and path.exists() and json.dumps(read_json_object(path)) != json.dumps(facts):
+    if checkpoints_of(run) and path.exists() and without_names(read_json_object(path)) != without_names(facts):
         raise ValueError(
             f"the data or the start model are not those of the run in {run} any more (its data.json tells "
             "what they were). Put them back as they were, or begin another run."
         )
+
+
+def without_names(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What data.json says of rows and model themselves, not of the path that they were read by."""
+    parts = json.loads(json.dumps(facts))
+    names = ("source", "skipped", "model")
+    return {part: {key: value for key, value in told.items() if key not in names} for part, told in parts.items()}
 
 
 def digest_of_sample(model: Any) -> str:
