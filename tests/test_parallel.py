@@ -1,6 +1,7 @@
 """Several ranks: two gloo processes give what one process gives, and none waits for one that failed."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -118,7 +119,8 @@ def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
 
 def figures(run: Path, name: str) -> list[dict[str, float]]:
     rows = lines_of(run, name)
-    return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in rows]
+    numbers = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in numbers]
 
 
 def compare(one: Path, many: Path, near: float = 1e-5) -> None:
