@@ -22,7 +22,7 @@ LAYERS = (
         *("data", "tokens", "builtin", "model_files", "weights", "blocked_attention", "attention", "bodies"),
         *("projection", "models", "sampling", "rewards"),
         *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
-        *("objectives", "learner", "checkpoint", "safety", "resume", "parallel", "run"),
+        *("objectives", "learner", "checkpoint", "safety", "resume", "parallel", "plan", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},

@@ -10,7 +10,7 @@ Shape glossary: `B` rows (sequences), `T` tokens, `P` items (prompts, pairs, ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, Literal, Protocol, TypeVar
@@ -430,13 +430,20 @@ def split(batch: Any, max_rows: int) -> Iterator[Any]:
 
     An item with more rows than `max_rows` is a micro-batch of its own.
     """
+    for piece in pieces(batch.item_rows().tolist(), max_rows):
+        yield batch.select(torch.arange(piece.start, piece.stop))
+
+
+def pieces(item_rows: Sequence[int], max_rows: int) -> Iterator[range]:
+    """Consecutive items, where item `i` has `item_rows[i]` rows, in pieces of at most `max_rows` rows or one item."""
     start, rows = 0, 0
-    for i, count in enumerate(batch.item_rows().tolist()):
+    for i, count in enumerate(item_rows):
         if rows and rows + count > max_rows:
-            yield batch.select(torch.arange(start, i))
+            yield range(start, i)
             start, rows = i, 0
         rows += count
-    yield batch.select(torch.arange(start, batch.size))
+    if item_rows:
+        yield range(start, len(item_rows))
 
 
 @lru_cache(maxsize=2)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from trimtab.layout import Arrangement, Layout, arrange, lay_out, pair_price, po
 from trimtab.precision import Precision
 from trimtab.projection import Head, States, TokenStatistics, head_of, log_distributions, logprobs_of, statistics_of
 from trimtab.weights import score_head
+
+T = TypeVar("T")
 
 FLEX_PROBE = 200
 """Tokens of each row that FlexAttention is tried on: more than one of its blocks of 128."""
@@ -290,6 +292,10 @@ class LanguageModel(nn.Module):
         fast = precision.autocast is not None
         return statistic(self.tempered_head, states, tokens.ids[tokens.response_mask], fast=fast)
 
+    def run(self, task: Callable[[], T]) -> T:
+        """`task()`; where weights are split over ranks, they are together for it (see `parallel.split_weights`)."""
+        return task()
+
     def states(self, tokens: Tokens) -> States:
         """What predicts each response token, `[N, D]` in reading order: hidden states, or without a head logits at the
         temperature.
@@ -324,3 +330,7 @@ class ScalarForward(nn.Module):
         weight = score_head(self.network).weight
         values = F.linear(states.to(weight.dtype), weight)[..., 0]
         return values if layout is None else values.flatten()[layout.place]
+
+    def run(self, task: Callable[[], T]) -> T:
+        """As `LanguageModel.run`."""
+        return task()

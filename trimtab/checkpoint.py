@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from trimtab import parallel
+
 FORMAT_VERSION = 1
 MANIFEST, VALUES, TENSORS = "manifest.json", "state/values.json", "state/tensors.safetensors"
 MOST_JSON_BYTES = 64 * 2**20
@@ -54,7 +56,7 @@ class Weights:
     network: nn.Module
 
     def state_dict(self) -> State:
-        return dict(self.network.named_parameters())
+        return {name: parallel.gathered(weight) for name, weight in self.network.named_parameters()}
 
     def load_state_dict(self, state: State) -> None:
         copy_weights(dict(self.network.named_parameters()), state)
@@ -72,7 +74,7 @@ def copy_weights(own: Mapping[str, Tensor], saved: State) -> None:
         if here != there:
             raise ValueError(f"the checkpoint is of another model: {name} is {there} there and {here} here.")
     for name, value in own.items():
-        value.copy_(saved[name])
+        value.copy_(parallel.split_as(saved[name], value))
 
 
 def as_state(value: Any) -> Any:

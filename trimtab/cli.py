@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -29,17 +29,21 @@ class Command:
     about: str
     preset: tuple[str, ...] = ()
     """Flags that the command stands for."""
+    on_many: bool = False
+    """Whether several processes can work on it."""
 
 
 COMMANDS = {
     "quickstart": Command("quickstart", "Quickstart", "quickstart", "the whole chain on a real model, with a report"),
-    "sft": Command("sft", "Sft", "sft", "instruction tuning: imitate demonstrations"),
-    "reward": Command("reward", "Reward", "reward", "train a reward model on preferences (Bradley-Terry)"),
-    "dpo": Command("dpo", "Dpo", "dpo", "train a policy on preference pairs: DPO and its family"),
-    "kto": Command("kto", "Kto", "kto", "train a policy on unpaired feedback: KTO, BCO"),
-    "rl": Command("rl", "Rl", "rl", "online RL with any algorithm: sample, score, step"),
+    "sft": Command("sft", "Sft", "sft", "instruction tuning: imitate demonstrations", on_many=True),
+    "reward": Command(
+        "reward", "Reward", "reward", "train a reward model on preferences (Bradley-Terry)", on_many=True
+    ),
+    "dpo": Command("dpo", "Dpo", "dpo", "train a policy on preference pairs: DPO and its family", on_many=True),
+    "kto": Command("kto", "Kto", "kto", "train a policy on unpaired feedback: KTO, BCO", on_many=True),
+    "rl": Command("rl", "Rl", "rl", "online RL with any algorithm: sample, score, step", on_many=True),
     **{
-        name: Command("rl", "Rl", "rl", f"online RL: {about}", ("--algorithm", name))
+        name: Command("rl", "Rl", "rl", f"online RL: {about}", ("--algorithm", name), on_many=True)
         for name, about in {
             "rloo": "a prompt's other answers are the baseline",
             "grpo": "scores standardized in their group",
@@ -47,8 +51,10 @@ COMMANDS = {
             "reinforce": "the plain policy gradient",
         }.items()
     },
-    "online-dpo": Command("online_dpo", "OnlineDpo", "online_dpo", "DPO and its family on pairs of fresh answers"),
-    "raft": Command("raft", "Raft", "raft", "expert iteration: imitate the best of fresh answers"),
+    "online-dpo": Command(
+        "online_dpo", "OnlineDpo", "online_dpo", "DPO and its family on pairs of fresh answers", on_many=True
+    ),
+    "raft": Command("raft", "Raft", "raft", "expert iteration: imitate the best of fresh answers", on_many=True),
     "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
@@ -87,10 +93,13 @@ COMMANDS = {
     ),
     "data check": Command("data", "Check", "check", "what is in a file: formats, duplicates, contradictions, lengths"),
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
+    "plan": Command("plan", "Plan", "plan", "what training a model takes on some devices, and what fits"),
     "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),
 }
 
 USAGE_ERROR = 2
+USERS_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)
+"""What is told in a line; anything else is our own mistake and comes with its traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,30 +114,84 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return run_command(given)
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except USERS_ERRORS as error:
         if os.environ.get("TRIMTAB_DEBUG"):
             raise
         told = "there is not enough memory for this" if isinstance(error, MemoryError) else str(error)
         print(f"trimtab: {printable(told)}", file=sys.stderr)
         return USAGE_ERROR
-    except AlreadyFinished as told:
-        print(f"trimtab: {told}", file=sys.stderr)
-        return 0
-    except KeyboardInterrupt as stop:
+    except (AlreadyFinished, KeyboardInterrupt) as stop:
         print(f"trimtab: {stop if str(stop) else 'interrupted'}", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
+        return status_of(stop)
+
+
+def status_of(stop: BaseException) -> int:
+    """The exit status of a run that was asked to stop, or had nothing left to do."""
+    return 0 if isinstance(stop, AlreadyFinished) else 128 + getattr(stop, "number", signal.SIGINT)
 
 
 def run_command(given: Sequence[str]) -> int:
     """Find the command, read its flags, run it."""
     name, rest = split_command(given)
     command = COMMANDS[name]
+    count, rest = take_count(name, command, rest)
     recipe = import_module(f"trimtab.recipes.{command.module}")
     check_preset(name, command, rest)
     given_flags = [*command.preset, *rest]
-    config = read_config(getattr(recipe, command.config), given_flags, prog=f"trimtab {name}", about=command.about)
-    getattr(recipe, command.function)(config)
+    about = f"{command.about}. --nproc N: on N devices of this machine" if command.on_many else command.about
+    config = read_config(getattr(recipe, command.config), given_flags, prog=f"trimtab {name}", about=about)
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        from trimtab.parallel import launch
+
+        return launch(count, [*name.split(), *rest])
+    run_recipe(getattr(recipe, command.function), config, together=count > 1)
     return 0
+
+
+def take_count(name: str, command: Command, given: Sequence[str]) -> tuple[int, list[str]]:
+    """How many processes work on a command, and its other flags: `--nproc N` starts them, torchrun has done so."""
+    rest, asked = list(given), None
+    for i, word in enumerate(rest):
+        if word == "--nproc" or word.startswith("--nproc="):
+            asked = word.partition("=")[2] or "".join(rest[i + 1 : i + 2])
+            del rest[i : i + (1 if "=" in word else 2)]
+            break
+    started = os.environ.get("WORLD_SIZE")
+    if asked is not None and started is not None:
+        raise ValueError(f"--nproc {asked}: {started} processes have been started already; leave it out.")
+    if asked is not None and not (asked.isdecimal() and int(asked) > 0):
+        raise ValueError(f"--nproc {asked}: a number of processes from 1 is needed.")
+    count = int(asked or started or 1)
+    if count > 1 and not command.on_many:
+        able = ", ".join(other for other, some in COMMANDS.items() if some.on_many)
+        raise ValueError(f"`trimtab {name}` runs in one process. In several run {able}.")
+    return count, rest
+
+
+def run_recipe(function: Callable[[Any], object], config: Any, *, together: bool) -> None:
+    """Run a command, with the other processes if there are any."""
+    if not together:
+        function(config)
+        return
+    from trimtab import parallel
+    from trimtab.builtin import BUILTIN_MODELS, builtin_model
+    from trimtab.recipes.options import flatten
+    from trimtab.safety import Interrupted
+
+    # Once processes have joined, transformers writes models on the first rank only, whoever asks it to.
+    for name in BUILTIN_MODELS:
+        if any(name in str(value) for value in flatten(config).values()):
+            builtin_model(name)
+    parallel.start()
+    first, ended = parallel.is_first(), None
+    with parallel.Leaving(USERS_ERRORS, USAGE_ERROR):
+        try:
+            function(config)
+        except (AlreadyFinished, Interrupted) as stop:  # on all ranks alike
+            ended = stop.with_traceback(None)  # which holds on to weights
+        parallel.finish()
+    if ended is not None:
+        raise ended if first else SystemExit(status_of(ended))
 
 
 def check_preset(name: str, command: Command, given: Sequence[str]) -> None:

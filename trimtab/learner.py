@@ -18,10 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.batches import Batch, Mean, move, split
+from trimtab import parallel
+from trimtab.batches import Batch, Mean, move
 from trimtab.checkpoint import State, copy_weights
 from trimtab.objectives import Metrics, Objective
 
+MicroBatch = tuple[Any, bool]
+"""Some items of a batch, and whether they count on this rank."""
 Part = tuple[Tensor, tuple[Mean, Metrics] | None]
 """A scalar to run backward from, and the figures that came with it."""
 
@@ -54,9 +57,7 @@ class Learner:
         loss, metrics = self._accumulate(batch)
         if not loss.count:
             raise ValueError("nothing in this batch counts: all its weights are 0. Check the column `weight`.")
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.div_(loss.count)
+        self._divide_gradients(loss.count)
         grad_norm = self._clip()
         _check_finite(loss=loss.item(), grad_norm=grad_norm.item())
         lr = self.optimizer.param_groups[0]["lr"]
@@ -68,6 +69,15 @@ class Learner:
             "grad_norm": grad_norm.item(),
             "lr": lr,
         }
+
+    def _divide_gradients(self, count: Tensor) -> None:
+        """Gradients of sums over all ranks become those of the mean."""
+        parallel.add_gradients(self.parameters)
+        for parameter in self.parameters:
+            if not parameter.requires_grad:
+                parameter.grad = None  # split weights get one also while they are fixed
+            if parameter.grad is not None:
+                parallel.here(parameter.grad).div_(count)
 
     def skip(self) -> dict[str, float]:
         """Let a step pass whose gradient was not finite; the learning rate stays a function of the step."""
@@ -84,17 +94,26 @@ class Learner:
         return {names[id(parameter)]: parameter for parameter in self.parameters}
 
     def state_dict(self) -> State:
-        """The weights that train, in their own precision; AdamW's means by weight; learning rates and their step."""
+        """The weights that train, in their own precision; AdamW's means by weight; learning rates and their step.
+
+        All ranks ask at once, and the first one gets what is split.
+        """
+        weights = {name: parallel.gathered(weight) for name, weight in self.named().items()}
         moments = {name: self.optimizer.state.get(weight, {}) for name, weight in self.named().items()}
+        moments = {name: {key: parallel.gathered(one) for key, one in some.items()} for name, some in moments.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"weights": self.named(), "optimizer": moments, "lr": rates, "schedule": self.schedule.state_dict()}
+        return {"weights": weights, "optimizer": moments, "lr": rates, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: State) -> None:
         """Go on as the learner that gave `state`. ValueError where that one had other weights."""
         copy_weights(self.named(), state["weights"])
         for name, weight in self.named().items():
             moments = state["optimizer"].get(name, {})
-            self.optimizer.state[weight] = {key: value.to(weight.device) for key, value in moments.items()}
+            here = {key: value.to(weight.device) for key, value in moments.items()}
+            # AdamW counts its steps in a tensor without dimensions, which is whole everywhere.
+            self.optimizer.state[weight] = {
+                key: parallel.split_as(value, weight) if value.ndim else value for key, value in here.items()
+            }
         for group, lr in zip(self.optimizer.param_groups, state["lr"], strict=True):
             group["lr"] = lr
         self.schedule.load_state_dict(dict(state["schedule"]))
@@ -105,7 +124,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             networks.setdefault(group.get("network", 0), []).extend(group["params"])
         limit = self.max_grad_norm or math.inf
-        norms = [torch.nn.utils.clip_grad_norm_(weights, limit) for weights in networks.values()]
+        norms = [parallel.together(torch.nn.utils.clip_grad_norm_(some, limit)) for some in networks.values()]
         return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
     @torch.no_grad()
@@ -114,52 +133,66 @@ class Learner:
         total: tuple[Mean, Metrics] | None = None
         for batch in batches:
             micro_batches = self._micro_batches(batch)
-            outputs = [self.objective.outputs(self.model, micro) for micro in micro_batches]
+            outputs = [self.objective.outputs(self.model, micro) for micro, _ in micro_batches]
             if self.objective.across:
-                outputs, micro_batches = [join(outputs)], [move(batch, self.model.device)]
-            for output, micro in zip(outputs, micro_batches, strict=True):
-                total = _add(total, self.objective.loss(output, micro))
+                outputs = [join(self._everyones(outputs, micro_batches))]
+                micro_batches = [(move(batch, self.model.device), parallel.is_first())]
+            for output, (micro, counts) in zip(outputs, micro_batches, strict=True):
+                total = _add(total, _counted(*self.objective.loss(output, micro), counts))
         assert total is not None, "nothing to evaluate"
-        return total
+        return parallel.add_means(*total)
 
-    def _micro_batches(self, batch: Batch) -> list[Any]:
-        return [move(micro, self.model.device) for micro in split(batch, self.micro_batch_rows)]
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        """This rank's part of a batch in micro-batches, and whether they count; see `parallel.own_pieces`."""
+        pieces = parallel.own_pieces(batch.item_rows().tolist(), self.micro_batch_rows)
+        return [(move(batch.select(items), self.model.device), counts) for items, counts in pieces]
 
     def _accumulate(self, batch: Batch) -> tuple[Mean, Metrics]:
         """Add the gradient of the summed loss to the parameters."""
         micro_batches = self._micro_batches(batch)
-        in_two_passes = self.objective.across and len(micro_batches) > 1
+        in_two_passes = self.objective.across and (len(micro_batches) > 1 or parallel.ranks() > 1)
         parts = self._across(batch, micro_batches) if in_two_passes else self._one_by_one(micro_batches)
         result: tuple[Mean, Metrics] | None = None
         for total, figures in parts:
             total.backward()
             result = _add(result, figures)
         assert result is not None, "an empty batch has no gradient"
-        return result
+        return parallel.add_means(*result)
 
-    def _one_by_one(self, micro_batches: Sequence[Any]) -> Iterator[Part]:
-        for micro in micro_batches:
+    def _one_by_one(self, micro_batches: Sequence[MicroBatch]) -> Iterator[Part]:
+        for micro, counts in micro_batches:
             loss, metrics = self.objective.loss(self.objective.outputs(self.model, micro), micro)
-            yield loss.total, (loss.detach(), {name: mean.detach() for name, mean in metrics.items()})
+            yield loss.total if counts else loss.total * 0, _counted(loss, metrics, counts)
 
-    def _across(self, batch: Batch, micro_batches: Sequence[Any]) -> Iterator[Part]:
+    def _across(self, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Iterator[Part]:
         whole = move(batch, self.model.device)
         with torch.no_grad():
-            cached = [self.objective.outputs(self.model, micro) for micro in micro_batches]
-        joined = join(cached)
+            cached = [self.objective.outputs(self.model, micro) for micro, _ in micro_batches]
+        by_rank = self._everyones(cached, micro_batches)
+        joined = join(by_rank)
         leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in tensors_of(joined)]
         loss, metrics = self.objective.loss(joined, whole)
         gradients = gradients_of(loss.total, leaves)
-        figures = (loss.detach(), {name: mean.detach() for name, mean in metrics.items()})
-        start = [0] * len(leaves)
-        for i, micro in enumerate(micro_batches):
+        figures = _counted(loss, metrics, parallel.is_first())
+        before = [tensors_of(outputs) for outputs in by_rank[: parallel.rank()]]
+        start = [sum(map(len, tensors)) for tensors in zip(*before, strict=True)] or [0] * len(leaves)
+        for i, (micro, counts) in enumerate(micro_batches):
             surrogate = torch.zeros((), device=self.model.device)
             for k, output in enumerate(tensors_of(self.objective.outputs(self.model, micro))):
                 gradient = gradients[k]
                 if gradient is not None and output.requires_grad:
-                    surrogate = surrogate + (output * gradient[start[k] : start[k] + len(output)]).sum()
+                    own = gradient[start[k] : start[k] + len(output)] if counts else torch.zeros_like(output)
+                    surrogate = surrogate + (output * own).sum()
                 start[k] += len(output)
             yield surrogate, figures if i == 0 else None
+
+    def _everyones(self, outputs: Sequence[Any], micro_batches: Sequence[MicroBatch]) -> list[Any]:
+        """The outputs of all ranks' micro-batches, one of each rank, without their graph."""
+        counted = [given for given, (_, counts) in zip(outputs, micro_batches, strict=True) if counts]
+        own = join(counted) if counted else none_of(outputs[0])
+        if parallel.ranks() == 1:
+            return [own]
+        return [move(given, self.model.device) for given in parallel.gather(move(own, "cpu"))]
 
 
 def gradients_of(total: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
@@ -184,6 +217,25 @@ def join(parts: Sequence[Any]) -> Any:
     if isinstance(first, Tensor):
         return torch.cat(list(parts))
     return type(first)(**{e.name: join([getattr(part, e.name) for part in parts]) for e in fields(first)})
+
+
+def none_of(outputs: Any) -> Any:
+    """Outputs of the same kind, of no rows."""
+    if isinstance(outputs, Tensor):
+        return outputs[:0]
+    return type(outputs)(**{entry.name: none_of(getattr(outputs, entry.name)) for entry in fields(outputs)})
+
+
+def _counted(loss: Mean, metrics: Metrics, counts: bool) -> tuple[Mean, Metrics]:
+    """Figures without their graph; nothing but their names where they do not count."""
+    figures = {name: mean.detach() for name, mean in metrics.items()}
+    if counts:
+        return loss.detach(), figures
+    return _nothing(loss), {name: _nothing(mean) for name, mean in figures.items()}
+
+
+def _nothing(mean: Mean) -> Mean:
+    return Mean(torch.zeros_like(mean.total), torch.zeros_like(mean.count))
 
 
 def _add(left: tuple[Mean, Metrics] | None, right: tuple[Mean, Metrics] | None) -> tuple[Mean, Metrics] | None:

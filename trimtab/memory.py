@@ -57,6 +57,8 @@ def choose_checkpointing(requested: str, model: Policy | ScalarModel, rows: int,
         return Checkpointing(requested == "on", f"{requested}, as asked")
     if not known:
         return Checkpointing(False, f"off: the layers of {name} are not known here")
+    if model.blank is not None and model.device.type != "cpu":
+        return Checkpointing(True, "on: weights are split over the ranks, so memory is dear")
     if model.device.type == "cpu":
         return Checkpointing(False, "off: on a CPU it takes more time than memory is worth")
     return weigh(activation_bytes(model, rows, length), free_bytes(model), rows * length)
@@ -76,11 +78,15 @@ def activation_bytes(model: Policy | ScalarModel, rows: int, length: int) -> int
     adapter: families differ by a factor of three. Attention's masks are added, in the type of the scores and one for
     each layer, as sdpa keeps them; kernels that need none keep less.
     """
-    short, long = PROBE_TOKENS
     low, high = (_body_bytes(model, tokens) for tokens in PROBE_TOKENS)
-    per_token = (high - low) / (long - short)
     masks = len(layers_of(model.model)) * rows * length**2 * (2 if model.arithmetic.autocast else 4)
-    return round(low + per_token * (rows * length - short)) + masks + _head_bytes(model, rows * length)
+    return round(on_a_line((low, high), rows * length)) + masks + _head_bytes(model, rows * length)
+
+
+def on_a_line(measured: tuple[int, int], tokens: int) -> float:
+    """What `tokens` tokens keep, from what rows of `PROBE_TOKENS` keep."""
+    (short, long), (low, high) = PROBE_TOKENS, measured
+    return low + (high - low) / (long - short) * (tokens - short)
 
 
 @torch.enable_grad()
@@ -100,11 +106,12 @@ def _head_bytes(model: Policy | ScalarModel, tokens: int) -> int:
 
 def saved_bytes(run: Callable[[], object], weights: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps of what `run` computes: each storage once, weights not counted."""
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    # Not the address of its memory, which a fake tensor has none of.
+    own = {weight.untyped_storage()._cdata for weight in weights}
     kept: dict[int, Tensor] = {}
 
     def keep(values: Tensor) -> Tensor:
-        address = values.untyped_storage().data_ptr()
+        address = values.untyped_storage()._cdata
         if address not in own:
             kept[address] = values  # held until the end, so that no address is given out twice
         return values

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trimtab import parallel
 from trimtab.batches import PerSequence, PerToken, Tokens, move
 from trimtab.bodies import Body, LanguageModel, ScalarForward, at_responses, probe_tokens
+from trimtab.memory import layers_of
 from trimtab.precision import Precision, choose_device, choose_dtype
 from trimtab.projection import (
     ComparedStatistics,
@@ -49,6 +52,8 @@ from trimtab.weights import (
     score_head,
     write_model,
 )
+
+T = TypeVar("T")
 
 __all__ = [
     "ComparedStatistics",
@@ -101,6 +106,7 @@ class Policy:
         self.arithmetic = arithmetic
         self.adapter = adapter
         self.module = LanguageModel(model)
+        self.blank: Blank | None = None
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +152,7 @@ class Policy:
         One pass of each body. KL(policy || reference) is of the next-token distribution at each response token and
         exact over the whole vocabulary, which both models must share; it has no gradient.
         """
-        return ComparedStatistics(*self._measured(tokens, (entropy, self._divergence(tokens, reference))))
+        return ComparedStatistics(*self._compared(tokens, reference, (entropy,)))
 
     @torch.no_grad()
     def kl(self, tokens: Tokens, reference: Policy | FrozenPolicy) -> PerToken:
@@ -154,12 +160,20 @@ class Policy:
 
         Summed over a row sampled from the policy it is an unbiased estimate of the KL of whole sequences.
         """
-        return self._measured(tokens, (self._divergence(tokens, reference),))[1]
+        return self._compared(tokens, reference, ())[1]
 
-    def _measured(self, tokens: Tokens, measures: Sequence[Measure]) -> list[PerToken]:
+    def _compared(
+        self, tokens: Tokens, reference: Policy | FrozenPolicy, measures: Sequence[Measure]
+    ) -> list[PerToken]:
+        """Log-probabilities, the measures, and the divergence from the reference."""
         tokens = move(tokens, self.device)
-        targets, fast = tokens.ids[tokens.response_mask], self.arithmetic.autocast is not None
-        found = measured(self.module.tempered_head, self.states(tokens), targets, measures, fast=fast)
+
+        def both() -> tuple[Tensor, ...]:
+            every = (*measures, self._divergence(tokens, reference))
+            targets, fast = tokens.ids[tokens.response_mask], self.arithmetic.autocast is not None
+            return measured(self.module.tempered_head, self.states(tokens), targets, every, fast=fast)
+
+        found = run_together((self.module, reference.module), both)
         return [at_responses(tokens, values) for values in found]
 
     @staticmethod
@@ -169,7 +183,7 @@ class Policy:
         return divergence_from(lambda rows: reference.log_distributions(states[rows]).detach())
 
     def states(self, tokens: Tokens) -> States:
-        """What predicts each response token, `[N, D]`."""
+        """What predicts each response token, `[N, D]`. Of split weights only inside `module.run`."""
         with self.precision():
             return self.module.states(tokens)
 
@@ -196,12 +210,33 @@ class Policy:
         copied.module.temperature = self.module.temperature
         return FrozenPolicy(copied)
 
+    def split_weights(self) -> None:
+        """Split the weights over all ranks, once; see `parallel.split_weights`. Copies must have been made before."""
+        self.blank = self.blank or split(self)
+
+    @contextmanager
+    def whole(self) -> Iterator[Policy]:
+        """The policy with all its weights here: itself, or where they are split a copy, as long as this is open.
+
+        ValueError where there is no room for one.
+        """
+        if self.blank is None:
+            yield self
+            return
+        parallel.check_room(self.model, self.device)
+        with filled(self, everywhere=True) as network:
+            copied = Policy(network, self.tokenizer, self.arithmetic, self.blank.adapter)
+            copied.module.temperature = self.module.temperature
+            yield copied
+
     def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a standard model folder, adapter merged in; the policy itself stays as it is, to the last bit.
 
-        Weights are float32 unless `dtype` is given.
+        Weights are float32 unless `dtype` is given. All ranks call it, and the first one writes.
         """
-        write_model(Path(path), self.model, self.tokenizer, dtype=dtype)
+        with filled(self, everywhere=False) as network:
+            if parallel.is_first():
+                write_model(Path(path), network, self.tokenizer, dtype=dtype)
 
 
 class FrozenPolicy:
@@ -214,6 +249,14 @@ class FrozenPolicy:
     @property
     def model(self) -> PreTrainedModel:
         return self.policy.model
+
+    @property
+    def module(self) -> LanguageModel:
+        return self.policy.module
+
+    def split_weights(self) -> None:
+        """As `Policy.split_weights`."""
+        self.policy.split_weights()
 
     @property
     def adapter_is_on(self) -> bool:
@@ -291,6 +334,7 @@ class ScalarModel:
         self.arithmetic = arithmetic
         self.adapter = adapter
         self.module = ScalarForward(model)
+        self.blank: Blank | None = None
         give_own_padding(tokenizer)
         model.config.get_text_config().pad_token_id = self.pad_id
         self._check_agreement()
@@ -327,6 +371,10 @@ class ScalarModel:
         values = self.module(tokens, self.arithmetic)
         return values.gather(1, last_columns(tokens)[:, None])[:, 0]
 
+    def split_weights(self) -> None:
+        """Split the weights over all ranks, once; see `parallel.split_weights`."""
+        self.blank = self.blank or split(self)
+
     @torch.no_grad()
     def scale_by(self, factor: float) -> None:
         """Multiply all scores by `factor`, inside the head's weight.
@@ -337,14 +385,19 @@ class ScalarModel:
         score_head(self.model).weight.mul_(factor)
 
     def save(self, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write a standard sequence classifier, adapter merged in; the model itself stays as it is, to the last bit."""
+        """Write a standard sequence classifier, adapter merged in; the model itself stays as it is, to the last bit.
+
+        All ranks call it, and the first one writes.
+        """
         if self.pad_id == self.tokenizer.eos_token_id:
             warnings.warn(
                 "padding is the end-of-sequence token and the tokenizer has no other special token: outside trimtab, "
                 "transformers will score each answer without its last token",
                 stacklevel=2,
             )
-        write_model(Path(path), self.model, self.tokenizer, dtype=dtype)
+        with filled(self, everywhere=False) as network:
+            if parallel.is_first():
+                write_model(Path(path), network, self.tokenizer, dtype=dtype)
 
     @torch.no_grad()
     def _check_agreement(self) -> None:
@@ -373,6 +426,43 @@ def spare_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     unknown = [token for token in free if token == tokenizer.unk_token]
     padding = [token for token in free if "pad" in token.lower()]
     return next(iter([*padding, *unknown, *free]), None)
+
+
+# ---- Split weights
+
+
+class Blank(NamedTuple):
+    """A copy of a network without its weights, in which those of the split one can be put together."""
+
+    model: PreTrainedModel
+    adapter: PeftModel | None
+
+
+def split(model: Policy | ScalarModel) -> Blank:
+    """Split a model's weights over the ranks; what their copies are put together in."""
+    own = {id(weight): nn.Parameter(weight.new_empty(0), weight.requires_grad) for weight in model.model.parameters()}
+    adapter = copy.deepcopy(model.adapter, dict(own))
+    network = network_of(adapter) if adapter else copy.deepcopy(model.model, dict(own))
+    parallel.split_weights(model.module, layers_of(model.model), model.device)
+    return Blank(network, adapter)
+
+
+@contextmanager
+def filled(model: Policy | ScalarModel, *, everywhere: bool) -> Iterator[PreTrainedModel]:
+    """A model's network with all its weights, as long as this is open: on every rank, or for use on the first alone."""
+    if model.blank is None:
+        yield model.model
+        return
+    parallel.fill(model.blank.model, model.model, everywhere=everywhere)
+    yield model.blank.model
+    parallel.empty(model.blank.model)
+
+
+def run_together(modules: Sequence[LanguageModel], task: Callable[[], T]) -> T:
+    """`task()` while the weights of all these modules are here; a module may be named twice."""
+    for module in dict.fromkeys(modules):
+        task = partial(module.run, task)
+    return task()
 
 
 # ---- Loading

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.batches import Referenced, move
 from trimtab.losses.arguments import Range
+from trimtab.parallel import first_tells, in_chunks, is_first, over_ranks
 from trimtab.progress import console, progress_bar
 from trimtab.reference_cache import WINDOW_ITEMS, ReferenceCache, Rows, read_window, window_file, write_window
 from trimtab.tokens import Encoded, pad
@@ -48,13 +50,8 @@ class LiveReference:
     scorer: Scorer
     max_rows: int
 
-    @torch.no_grad()
     def attach(self, batch: Any, items: Sequence[int]) -> Referenced:
-        logprobs = torch.zeros(batch.tokens.ids.shape)
-        for rows in torch.arange(len(batch.tokens)).split(self.max_rows):
-            tokens = move(batch.tokens.select(rows), self.scorer.device)
-            logprobs[rows, batch.tokens.used_columns(rows)] = self.scorer.logprobs(tokens).cpu()
-        return Referenced(batch, logprobs)
+        return Referenced(batch, in_chunks(self.scorer.logprobs, batch.tokens, self.max_rows))
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,17 @@ def store(
     """
     order = list(range(len(items)) if wanted is None else dict.fromkeys(wanted))
     windows = [order[start : start + WINDOW_ITEMS] for start in range(0, len(order), WINDOW_ITEMS)]
-    found = recall(cache, scorer, items, windows, pad_id=pad_id, max_rows=max_rows) if cache else {}
+    found: dict[int, Rows] = {}
+    if cache:
+        found = first_tells(partial(recall, cache, scorer, items, windows, pad_id=pad_id, max_rows=max_rows))
     missing = [window for window in windows if window[0] not in found]
     with progress_bar("reference log-probabilities", sum(map(len, missing))) as advance:
         for window in missing:
-            for chosen in scoring_batches(items, window, max_rows):
-                found |= score(scorer, items, chosen, pad_id)
-                advance(len(chosen))
-            if cache:
+            batches = list(scoring_batches(items, window, max_rows))
+            for some in over_ranks(lambda own: [score(scorer, items, chosen, pad_id) for chosen in own], batches):
+                found |= some
+            advance(len(window))
+            if cache and is_first():
                 some = [items[i] for i in window]
                 write_window(window_file(cache.folder, some), some, [found[i] for i in window])
     return StoredReference(found)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.checkpoint import checkpoints_of, is_whole, read_checkpoint, remove, step_of
+from trimtab.checkpoint import checkpoints_of, is_whole, read_checkpoint, recover, remove, step_of
 from trimtab.progress import console
 from trimtab.untrusted import read_yaml_mapping
 
@@ -52,6 +52,13 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
         )
     if told:
         console.print(f"changed: {', '.join(told)}")
+
+
+def starting_point(run: Path, config: Mapping[str, Any], source: str | None) -> Path | None:
+    """What to go on from, once it is known to be the same run, and what a process that died left over is cleared up."""
+    check_config(run, config)
+    recover(run)
+    return chosen_checkpoint(run, source)
 
 
 def chosen_checkpoint(run: Path, source: str | None) -> Path | None:

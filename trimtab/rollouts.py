@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from trimtab import parallel
 from trimtab.advantages import (
     SCORE_SHAPES,
     SEQUENCE_ADVANTAGES,
@@ -39,7 +40,8 @@ from trimtab.health import Health
 from trimtab.kl import KL_ESTIMATORS, AdaptiveCoefficient, FixedCoefficient, KlBudget, log_ratio, shaped_rewards
 from trimtab.losses.arguments import check_arguments, parse_arguments
 from trimtab.losses.value import explained_variance
-from trimtab.records import Prompt
+from trimtab.parallel import in_chunks
+from trimtab.records import Answer, Prompt
 from trimtab.rewards import Mixture, Reward, checked
 from trimtab.sampling import Samples
 
@@ -277,9 +279,29 @@ def derived_seed(*numbers: int) -> int:
 def score(reward: Reward, samples: Samples) -> Scored:
     """Rewards of answers, each part asked once."""
     prompts, answers = samples.row_prompts, samples.answers
-    parts = reward.parts(prompts, answers) if isinstance(reward, Mixture) else {}
-    rewards = reward.combine(parts) if isinstance(reward, Mixture) else reward(prompts, answers)
+    parts = rewards_of(reward.parts, samples) if isinstance(reward, Mixture) else {}
+    rewards = reward.combine(parts) if isinstance(reward, Mixture) else rewards_of(as_one(reward), samples)[""]
     return Scored(samples, checked(reward.name, prompts, answers, rewards), parts)
+
+
+Parts = Mapping[str, Sequence[float | None]]
+
+
+def as_one(reward: Reward) -> Callable[[Sequence[Prompt], Sequence[Answer]], Parts]:
+    """A reward as the only part of itself."""
+    return lambda prompts, answers: {"": reward(prompts, answers)}
+
+
+def rewards_of(parts: Callable[[Sequence[Prompt], Sequence[Answer]], Parts], samples: Samples) -> Parts:
+    """The parts of a reward for all answers; the answers to a prompt are asked about together, on one rank."""
+    n, asked, answers = samples.n, samples.row_prompts, samples.answers
+
+    def of_prompts(places: Sequence[int]) -> list[Parts]:
+        rows = slice(places[0] * n, (places[-1] + 1) * n)
+        return [parts(asked[rows], answers[rows])]
+
+    told = parallel.over_ranks(of_prompts, range(len(samples.prompts)))
+    return {name: [reward for some in told for reward in some[name]] for name in told[0]}
 
 
 def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: History) -> PerSequence:
@@ -291,7 +313,7 @@ def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: Hist
     if algorithm.advantage != "remax":
         return torch.full((len(scored.rewards),), usual)
     samples = stages.greedy(scored.samples.prompts)
-    rewards = stages.reward(samples.row_prompts, samples.answers)
+    rewards = rewards_of(as_one(stages.reward), samples)[""]
     scores = Scored(samples, rewards).scores(usual)
     greedy = with_unfinished_score(scores, samples.finished, algorithm.unfinished_score)
     return greedy.repeat_interleave(scored.samples.n)
@@ -330,15 +352,6 @@ def refer(scored: Scored, baseline: PerSequence, stages: Stages, algorithm: Algo
         finished=samples.finished,
         group_size=samples.n,
     )
-
-
-@torch.no_grad()
-def in_chunks(function: LogprobsOf, tokens: Tokens, max_rows: int) -> PerToken:
-    """A function of rows on all rows, at most `max_rows` at a time, on the CPU."""
-    found = torch.zeros(tokens.ids.shape)
-    for rows in torch.arange(len(tokens)).split(max_rows):
-        found[rows, tokens.used_columns(rows)] = function(tokens.select(rows)).float().cpu()
-    return found
 
 
 # ---- Credit

@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,11 @@ import numpy
 import torch
 import yaml
 
-from trimtab import __version__
+from trimtab import __version__, parallel
 from trimtab.checkpoint import (
     State,
     Stateful,
     checkpoints_of,
-    recover,
     remove,
     step_of,
     sync,
@@ -52,7 +52,7 @@ from trimtab.checkpoint import (
 )
 from trimtab.learner import Learner
 from trimtab.progress import console, progress_bar
-from trimtab.resume import check_config, check_files, chosen_checkpoint, clear, cut_back, holds_anything, verified
+from trimtab.resume import check_files, clear, cut_back, holds_anything, starting_point, verified
 from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
 from trimtab.untrusted import read_json_object
 
@@ -86,18 +86,22 @@ class Run:
     def create(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, overwrite: bool = False) -> Run:
         """Make the directory, write down what is needed to repeat the run, and seed every generator.
 
+        Of several ranks the first one writes, here and everywhere; the others have the same object and no directory.
         Raises FileExistsError if the directory holds anything and `overwrite` is off.
         """
         path = Path(directory)
+        seed_everything(seed)
+        run = cls(path, seed, str(config.get("command", "")))
+        if not parallel.is_first():
+            return run
         if path.is_dir() and holds_anything(path):
             if not overwrite or not (path / "config.yaml").exists():
                 raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
             clear(path)
         path.mkdir(parents=True, exist_ok=True)
-        seed_everything(seed)
         write_config(path, config)
         write_json(path / "environment.json", environment(seed))
-        return cls(path, seed, str(config.get("command", "")))
+        return run
 
     @classmethod
     def reopen(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, source: str | None = None) -> Run:
@@ -106,26 +110,20 @@ class Run:
         Raises ValueError, before anything is changed, if the checkpoint is damaged or the config is another one.
         """
         path = Path(directory)
-        check_config(path, config)
         seed_everything(seed)
-        recover(path)
         run = cls(path, seed, str(config.get("command", "")))
-        run.checkpoint = chosen_checkpoint(path, source)
-        run.saved = verified(path, run.checkpoint, run.go_on) if run.checkpoint else None
-        known = read_json_object(path / "environment.json") if (path / "environment.json").exists() else {}
-        now = environment(seed)
-        if known and known["versions"] != now["versions"]:
-            console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
-        resumed = [*known.get("resumed", ()), {name: now[name] for name in ("started", "versions", "commit")}]
-        known.pop("finished", None)
-        write_json(path / "environment.json", {**now, **known, "resumed": resumed})
-        write_config(path, config)
+        run.checkpoint = parallel.first_tells(partial(starting_point, path, config, source))
+        with parallel.AllOrNone():
+            run.saved = verified(path, run.checkpoint, run.go_on) if run.checkpoint else None
+        if parallel.is_first():
+            note_resumed(path, seed)
+            write_config(path, config)
         return run
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Let every part, the files and the random generators be as they were at the checkpoint to go on from."""
-        if self.saved is None:
-            cut_back(self.directory, {})  # of a run that died before its first checkpoint
+        if self.saved is None:  # of a run that died before its first checkpoint
+            parallel.first_tells(partial(cut_back, self.directory, {}))
             return
         saved, self.saved = self.saved, None
         try:
@@ -134,33 +132,42 @@ class Run:
             own = saved["run"]
             self.step, self.evaluation = own["step"], own["evaluation"]
             self.best, self.skipped = own["best"], own["skipped"]
-            set_random_state(own["random"])
+            set_random_state(own.get("others_random", {}).get(str(parallel.rank()), own["random"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.checkpoint} cannot be used here: {error}") from error
-        check_files(self.directory, own["files"])
+        parallel.first_tells(partial(self._go_back, own["files"]))
+        console.print(f"going on after step {self.step}, from {self.checkpoint}")
+
+    def _go_back(self, sizes: Mapping[str, int]) -> None:
+        """Let the files be as they were at the step that the run is at."""
+        check_files(self.directory, sizes)
         for later in reversed(checkpoints_of(self.directory)):
             if step_of(later) > self.step:
                 console.print(f"{later} is removed: the run goes on from an earlier checkpoint")
                 remove(later)
-        cut_back(self.directory, own["files"])
-        console.print(f"going on after step {self.step}, from {self.checkpoint}")
+        cut_back(self.directory, sizes)
 
     @property
     def go_on(self) -> str:
         """What to type to go on."""
         place = shlex.quote(str(self.directory))
-        return f"trimtab {self.command} --config {place} --out {place} --resume"
+        several = f" --nproc {parallel.ranks()}" if parallel.ranks() > 1 else ""
+        return f"trimtab {self.command} --config {place} --out {place} --resume{several}"
 
     # ---- Writing down
 
     def note(self, **facts: Any) -> None:
         """Add to environment.json what flags such as `--dtype auto` and `--device auto` came to."""
+        if not parallel.is_first():
+            return
         path = self.directory / "environment.json"
         known = read_json_object(path)
         write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one object to a .jsonl file of the run."""
+        if not parallel.is_first():
+            return
         # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
         with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
@@ -200,10 +207,11 @@ class Run:
                 advance(note=", ".join(f"{name} {figures[name]:.4f}" for name in SHOWN if name in figures))
                 if eval_every and self.step % eval_every == 0:
                     self._evaluate(evaluate, safety)
-                if safety and (asked or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
-                    self.save(learner, safety, with_state=safety.save_state or bool(asked))
-                if asked:
-                    raise Interrupted(self._stopped(steps, safety), asked[0])
+                stop = parallel.largest(asked[0] if asked else 0)  # all ranks stop after the same step
+                if safety and (stop or (safety.every and (self.step % safety.every == 0 or self.step == steps))):
+                    self.save(learner, safety, with_state=safety.save_state or bool(stop))
+                if stop:
+                    raise Interrupted(self._stopped(steps, safety), stop)
                 ended = time.perf_counter()
         if self.evaluation.get("step") != self.step:
             self._evaluate(evaluate, safety, last=True)
@@ -246,7 +254,7 @@ class Run:
         value = -figures[name] if name in LOWER_IS_BETTER else figures[name]
         if self.step and math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
-            write_checkpoint(self.directory / "checkpoints" / "best", step=self.step, state={}, save=safety.save)
+            write_together(self.directory / "checkpoints" / "best", step=self.step, state={}, save=safety.save)
 
     # ---- Saving
 
@@ -255,21 +263,22 @@ class Run:
         if self.checkpoint and step_of(self.checkpoint) == self.step:
             return
         check_weights(learner, self._last_good())
-        for path in self.directory.glob("*.jsonl"):
-            sync(path)
         state = {"run": self._state(), **{name: part.state_dict() for name, part in safety.parts.items()}}
         folder = self.directory / "checkpoints" / f"step-{self.step:08d}"
         try:
-            write_checkpoint(folder, step=self.step, state=state if with_state else {}, save=safety.save)
+            write_together(folder, step=self.step, state=state if with_state else {}, save=safety.save)
         except OSError as error:
             raise OSError(f"{error} {self._last_good()}") from error
         self.checkpoint = folder
-        thin_out(self.directory, safety.keep_last)
+        if parallel.is_first():
+            thin_out(self.directory, safety.keep_last)
 
     def _state(self) -> State:
         files = {path.name: path.stat().st_size for path in sorted(self.directory.glob("*.jsonl"))}
         own = {name: getattr(self, name) for name in ("step", "evaluation", "best", "skipped")}
-        return {**own, "files": files, "random": random_state()}
+        first, *others = parallel.gather(random_state())
+        of_others = {"others_random": {str(rank): state for rank, state in enumerate(others, 1)}} if others else {}
+        return {**own, "files": files, "random": first, **of_others}
 
     def _last_good(self) -> str:
         if self.checkpoint is None:
@@ -288,9 +297,23 @@ MOST_SKIPPED = 10
 """Steps that may be skipped in a run because their gradient was not finite."""
 
 
+def write_together(folder: Path, *, step: int, state: State, save: Callable[[Path], None]) -> None:
+    """`write_checkpoint` on the first rank, once what the run wrote down is on the disk.
+
+    `save` is called on all ranks, for it takes all of them to put split weights together, and the first one writes.
+    """
+    if not parallel.is_first():
+        save(folder)
+        return
+    for path in folder.parents[1].glob("*.jsonl"):
+        sync(path)
+    write_checkpoint(folder, step=step, state=state, save=save)
+
+
 def check_weights(learner: Learner, advice: str) -> None:
     """Refuse to save what the last step broke; earlier ones were found by the step after them."""
-    if not all(bool(parameter.isfinite().all()) for parameter in learner.parameters):
+    finite = all(bool(parallel.here(parameter).isfinite().all()) for parameter in learner.parameters)
+    if not all(parallel.gather(finite)):
         raise FloatingPointError(
             f"the weights are not finite after the last step, so they were not saved. Try a smaller --lr. {advice}"
         )
@@ -321,10 +344,25 @@ def environment(seed: int) -> dict[str, Any]:
         "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "ranks": parallel.ranks(),
         "seed": seed,
         "not_deterministic": ["some CUDA kernels have no deterministic form"] if cuda else [],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def note_resumed(run: Path, seed: int) -> None:
+    """Add to environment.json when, and with what, a run is gone on with."""
+    known = read_json_object(run / "environment.json") if (run / "environment.json").exists() else {}
+    now = environment(seed)
+    if known and known["versions"] != now["versions"]:
+        console.print("[yellow]other versions than at the start of the run: last digits may differ[/yellow]")
+    before = [known, *known.get("resumed", ())][-1].get("ranks", 1)
+    if before != now["ranks"]:
+        console.print(f"[yellow]ranks: {before} before, {now['ranks']} now: last digits may differ[/yellow]")
+    resumed = [*known.get("resumed", ()), {name: now[name] for name in ("started", "versions", "commit", "ranks")}]
+    known.pop("finished", None)
+    write_json(run / "environment.json", {**now, **known, "resumed": resumed})
 
 
 def processor_name() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from trimtab.batches import PerToken, Tokens
 from trimtab.evals.intervals import Estimate, bootstrap_mean, to_json, wilson
+from trimtab.parallel import in_chunks
 from trimtab.sampling import Samples
 
 if TYPE_CHECKING:
@@ -164,13 +166,10 @@ def batches_by_length(tokens: Tokens, batch_rows: int) -> Iterator[tuple[Tensor,
         yield rows, tokens.select(rows)
 
 
-@torch.no_grad()
 def kl_per_token(policy: Policy, reference: Policy | FrozenPolicy, samples: Samples, batch_rows: int = 16) -> PerToken:
     """The exact KL(policy || reference) of every next-token distribution, nats, zero outside the answers."""
-    found = torch.zeros(samples.tokens.ids.shape)
-    for rows, tokens in batches_by_length(samples.tokens, batch_rows):
-        found[rows, samples.tokens.used_columns(rows)] = policy.kl(tokens, reference).float().cpu()
-    return found
+    by_length = samples.tokens.attention_mask.sum(-1).argsort(stable=True)
+    return in_chunks(partial(policy.kl, reference=reference), samples.tokens, batch_rows, order=by_length)
 
 
 def per_prompt(values: Tensor, n: int) -> list[float]:

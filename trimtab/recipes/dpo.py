@@ -64,5 +64,6 @@ def dpo(config: Dpo) -> None:
     run = training.open_run("dpo", config, policy, facts)
     items, moves = training.with_reference(items, scorer, policy, config, steps=steps)
     del scorer  # where its log-probabilities are stored, another model's memory is free again
+    training.split_weights(run, config, policy)
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps, moves=moves)

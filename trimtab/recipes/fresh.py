@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from trimtab import health
@@ -11,6 +12,7 @@ from trimtab.batches import DemonstrationBatch, PairBatch, Referenced, Rollouts
 from trimtab.checkpoint import State, as_state
 from trimtab.judges import Judge, JudgedReward, asked_of, compared
 from trimtab.objectives import FreshObjective, Objective
+from trimtab.parallel import over_ranks
 from trimtab.progress import console
 from trimtab.recipes import online, training
 from trimtab.records import Answer, Comparison
@@ -42,6 +44,7 @@ def learn_from_fresh(
     policy, reward, prompts = online.load_parts(config, load)
     run = online.open_run(command, config, policy, prompts)
     reference, tally = policy.reference(), Tally()
+    training.split_weights(run, config, policy, reference)
     learner = training.make_learner(policy, FreshObjective(objective), config.steps, config.steps.steps)
     measure = measure_of(reward)
     safety = online.resume(run, learner, config, {"tally": tally}, prompts["train"], measure)
@@ -92,7 +95,7 @@ class AgainstStart:
     def __call__(self, samples: Samples) -> list[float | None]:
         self.start = self.start or samples.answers
         twos = zip(samples.row_prompts, samples.answers, self.start, strict=True)
-        return compared(self.judge, [Comparison(*two) for two in twos])
+        return over_ranks(partial(compared, self.judge), [Comparison(*two) for two in twos])
 
 
 # ---- What is told

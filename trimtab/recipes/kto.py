@@ -62,5 +62,6 @@ def kto(config: Kto) -> None:
     steps = training.total_steps(config.steps, len(items["train"].encoded))
     items, _ = training.with_reference(items, scorer, policy, config, steps=steps)
     del scorer  # where its log-probabilities are stored, another model's memory is free again
+    training.split_weights(run, config, policy)
     learner = training.make_learner(policy, objective, config.steps, steps)
     training.train(run, learner, items, config, steps)

@@ -132,6 +132,8 @@ class RunOptions:
     """Go on from this checkpoint of the run instead, such as step-00000100."""
     overwrite: bool = False
     """Replace a run directory that exists."""
+    shard: Literal["full", "none"] | None = None
+    """Of several processes (--nproc N, torchrun): split weights over them (full) or give each a copy; full if unset."""
 
 
 class AlreadyFinished(Exception):
@@ -150,6 +152,7 @@ def flatten(config: Any) -> dict[str, Any]:
 def check_options(config: Any) -> None:
     """Refuse what cannot be done or would have no effect, before anything is read."""
     check_steps(config.steps)
+    check_ranks(config)
     check_out(config.run)
     check_unfinished(config)
     check_inputs(config)
@@ -169,6 +172,19 @@ def check_options(config: Any) -> None:
             f"--lora-rank {config.lora.lora_rank} --lora-alpha {config.lora.lora_alpha}: a rank above 0 trains an "
             "adapter, 0 trains all weights and has no alpha."
         )
+
+
+def check_ranks(config: Any) -> None:
+    """Refuse flags of several processes for one, and what several cannot do."""
+    count, shard = int(os.environ.get("WORLD_SIZE", "1")), config.run.shard
+    if count == 1 and shard is not None:
+        raise ValueError(f"--shard {shard} has no effect on one process: add --nproc N, or leave it out.")
+    if count > 1 and config.model.device.startswith("cuda:"):
+        raise ValueError(f"--device {config.model.device}: each of {count} processes has its own. Give --device cuda.")
+    if count > 1 and getattr(getattr(config, "sampling", None), "sampler", "own") != "own":
+        raise ValueError(f"--sampler {config.sampling.sampler}: {count} processes sample themselves. Leave it out.")
+    if count > 1 and shard != "none" and getattr(getattr(config, "ptx", None), "ptx_data", None):
+        raise ValueError("--ptx-data runs the policy more often on some ranks than on others: add --shard none.")
 
 
 def check_inputs(config: Any) -> None:

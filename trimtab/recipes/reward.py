@@ -60,6 +60,7 @@ def reward(config: Reward) -> dict[str, float]:
     run = training.open_run("reward", config, model, facts)
     objective = RankingObjective(loss) if ranked else RewardObjective(loss)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
+    training.split_weights(run, config, model)
     learner = training.make_learner(model, objective, config.steps, steps)
     scale = partial(training.normalize, model, items["train"], config.steps) if config.normalize else None
     return training.train(run, learner, items, config, steps, finish=scale or (lambda: None))

@@ -48,5 +48,6 @@ def sft(config: Sft) -> None:
     items, facts = training.encode_parts(loaded, encoder, config.data, demonstration_batch, policy.pad_id)
     run = training.open_run("sft", config, policy, facts)
     steps = training.total_steps(config.steps, len(items["train"].encoded))
+    training.split_weights(run, config, policy)
     learner = training.make_learner(policy, DemonstrationObjective(), config.steps, steps)
     training.train(run, learner, items, config, steps)

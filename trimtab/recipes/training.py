@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trimtab import data
+from trimtab import data, parallel
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
 from trimtab.checkpoint import State, Stateful, Weights, checkpoints_of
@@ -77,7 +77,7 @@ class Items:
 def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) -> Run:
     """The run directory of a command, with its resolved config and what was read for it."""
     resolved = {"command": command, **flatten(config)}
-    for name in ("overwrite", "resume", "resume_from"):  # for one time, not a part of what is repeated
+    for name in ("overwrite", "resume", "resume_from", "shard"):  # for one time, not a part of what is repeated
         del resolved[name]
     for name in {"data", "eval_data", "model", "ref_model", "critic", "ptx_data"} & resolved.keys():
         resolved[name] = absolute(resolved[name])
@@ -88,13 +88,16 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         resolved["judge"] = f"{kind}:{absolute(name)}"
     options: RunOptions = config.run
     facts = {**facts, "start": {"model": config.model.model, "sample_sha256": digest_of_sample(model)}}
-    wanted = options.resume or options.resume_from is not None
-    if wanted and (Path(options.out) / "config.yaml").exists():
-        check_data(Path(options.out), facts)
-        run = Run.reopen(options.out, config=resolved, seed=options.seed, source=options.resume_from)
+    out = Path(options.out)
+    goes_on = (options.resume or options.resume_from is not None) and (out / "config.yaml").exists()
+    parallel.meet()  # until every rank has seen what the directory is like
+    if goes_on:
+        parallel.first_tells(partial(check_data, out, facts))
+        run = Run.reopen(out, config=resolved, seed=options.seed, source=options.resume_from)
     else:
-        run = Run.create(options.out, config=resolved, seed=options.seed, overwrite=options.overwrite)
-    write_json(run.directory / "data.json", facts)
+        run = Run.create(out, config=resolved, seed=options.seed, overwrite=options.overwrite)
+    if parallel.is_first():
+        write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
     return run
 
@@ -102,11 +105,18 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
 def check_data(run: Path, facts: Mapping[str, Any]) -> None:
     """ValueError if a run that is to go on would meet other rows, or another start model, than before."""
     path = run / "data.json"
-    if checkpoints_of(run) and path.exists() and json.dumps(read_json_object(path)) != json.dumps(facts):
+    if checkpoints_of(run) and path.exists() and without_names(read_json_object(path)) != without_names(facts):
         raise ValueError(
             f"the data or the start model are not those of the run in {run} any more (its data.json tells "
             "what they were). Put them back as they were, or begin another run."
         )
+
+
+def without_names(facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What data.json says of rows and model themselves, not of the path that they were read by."""
+    parts = json.loads(json.dumps(facts))
+    names = ("source", "skipped", "model")
+    return {part: {key: value for key, value in told.items() if key not in names} for part, told in parts.items()}
 
 
 def digest_of_sample(model: Any) -> str:
@@ -281,6 +291,8 @@ def with_reference(
         return {part: replace(some, reference=NoReference()) for part, some in items.items()}, Moves()
     if config.reference == "stored":
         return with_stored(items, scorer, config, steps=steps), Moves()
+    if parallel.ranks() > 1 and config.run.shard != "none":
+        scorer.split_weights()
     live = LiveReference(scorer, config.steps.micro_batch_rows)
     items = {part: replace(some, reference=live) for part, some in items.items()}
     if config.reference == "live":
@@ -387,7 +399,8 @@ def finished(run: Run, learner: Learner, policy: Any, prompts: Sequence[Prompt],
     """The last samples, the final model and the report; the run says that it is finished."""
     write_samples(run, policy, prompts, config, step=run.step)
     learner.model.save(run.directory / "model")
-    write_report([run.directory], run.directory / "report.html")
+    if parallel.is_first():
+        write_report([run.directory], run.directory / "report.html")
     run.note(finished=run.step)
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
 
@@ -476,6 +489,19 @@ def normalize(model: Any, items: Items, options: StepOptions) -> None:
     spread = torch.cat([model.scores(batch.tokens).cpu() for batch in batches]).std().item()
     if spread > 0:
         model.scale_by(1 / spread)
+
+
+def split_weights(run: Run, config: Any, *models: Any) -> None:
+    """Split the weights of models over the ranks, unless --shard none; before anything holds on to them."""
+    if parallel.ranks() == 1:
+        return
+    told = "a copy on each"
+    if config.run.shard != "none":
+        told = "weights split over them (FSDP2)"
+        for model in models:
+            model.split_weights()
+    console.print(f"{parallel.ranks()} ranks: {told}")
+    run.note(shard=told)
 
 
 def total_steps(options: StepOptions, items: int) -> int:

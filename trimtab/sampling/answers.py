@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from trimtab.batches import PerToken, Tokens, move
+from trimtab.parallel import over_ranks
 from trimtab.progress import progress_bar
 from trimtab.records import Answer, Prompt
 from trimtab.sampling.decoders import Decoder, Start, decoders
@@ -113,15 +114,21 @@ def sample(  # noqa: PLR0913 (what one may set about sampling, each by its name)
     check(prompts, n=n, max_new_tokens=max_new_tokens, batch_rows=batch_rows, step=step)
     ending = Ending.of(policy, stop, stop_ids)
     answers = blank_answers(policy, prompts, n, seed, step)
-    # Prompts of similar length together: little padding. Answers of one prompt stay neighbours (the sort is stable).
-    by_length = sorted(answers, key=lambda answer: len(answer.prompt))
     bar = progress_bar("sample", len(answers)) if progress else nullcontext(lambda count: None)
-    with torch.no_grad(), decoders(policy) as start, bar as advance:
-        for first in range(0, len(by_length), batch_rows):
-            batch = Decoding.start(policy, start, by_length[first : first + batch_rows], choice)
-            write(batch, choice, max_new_tokens, ending)
-            advance(len(batch.all_answers))
-    return collect(policy, prompts, n, answers, ending)
+    with policy.whole() as here, bar as advance:
+
+        def written(own: Sequence[list[PartialAnswer]]) -> list[list[PartialAnswer]]:
+            # Prompts of similar length together: little padding. A prompt's answers stay neighbours.
+            by_length = sorted((answer for group in own for answer in group), key=lambda answer: len(answer.prompt))
+            with torch.no_grad(), decoders(here) as start:
+                for first in range(0, len(by_length), batch_rows):
+                    batch = Decoding.start(here, start, by_length[first : first + batch_rows], choice)
+                    write(batch, choice, max_new_tokens, ending)
+                    advance(len(batch.all_answers))
+            return list(own)
+
+        groups = over_ranks(written, [answers[i : i + n] for i in range(0, len(answers), n)])
+    return collect(policy, prompts, n, [answer for group in groups for answer in group], ending)
 
 
 def check(prompts: Sequence[Prompt], *, n: int, max_new_tokens: int, batch_rows: int, step: int) -> None:

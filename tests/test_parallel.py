@@ -1,0 +1,343 @@
+"""Several ranks: two gloo processes give what one process gives, and none waits for one that failed."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.on_ranks import run
+from trimtab import parallel
+from trimtab.batches import pieces
+from trimtab.builtin import builtin_model
+from trimtab.cli import main
+
+ROOT = Path(__file__).parents[1]
+WORDS = ("yes it is", "no", "perhaps so, as far as I can tell", "indeed", "I do not think so at all, sorry", "fine")
+ROWS = [
+    {
+        "prompt": f"Say {i} please{' now' * (i % 4)}.",
+        "chosen": f"{WORDS[i % 6]} {i}",
+        "rejected": WORDS[(5 * i + 1) % 6],
+        "answer": str(i),
+    }
+    for i in range(11)
+]
+FUNCTIONS = """
+def codes(completion_ids):
+    return [float(sum(ids) % 97) / 10 for ids in completion_ids]
+
+def some(completion_ids):
+    return [None if sum(ids) % 5 == 0 else float(sum(ids) % 97) / 10 for ids in completion_ids]
+
+def failing(prompts, completions):
+    if any("Say 10" in str(prompt) for prompt in prompts):
+        raise RuntimeError("the tenth is too much")
+    return [float(len(text)) for text in completions]
+"""
+COMMON = ["--model", "tiny", "--dtype", "float32", "--device", "cpu", "--lr", "1e-4", "--samples", "1"]
+# 11 items in batches of 4 leave one of 3; two rows a pass leave the ranks with unequally many.
+OFFLINE = ["--data", "pairs.jsonl", "--batch-size", "4", "--micro-batch-rows", "2", "--steps", "3"]
+ONLINE = ["--data", "prompts.jsonl", "--micro-batch-rows", "4", "--steps", "2", "--max-new-tokens", "5"]
+ONLINE += ["--prompts-per-step", "3", "--group-size", "4", "--reward", "py:reward_functions:codes"]
+EVALUATED = ["--eval-data", "pairs.jsonl", "--eval-every", "2"]
+
+CASES: dict[str, tuple[str, list[str]]] = {
+    "sft": ("sft", [*OFFLINE, "--data", "demonstrations.jsonl"]),
+    "reward": ("reward", [*OFFLINE, *EVALUATED]),
+    "dpo": ("dpo", [*OFFLINE, *EVALUATED, "--no-reference-cache"]),
+    "kto": ("kto", [*OFFLINE, *EVALUATED, "--no-reference-cache"]),
+    "raft": ("raft", ONLINE),
+    "online-dpo": ("online-dpo", ONLINE),
+    "rloo": ("rloo", [*ONLINE, "--reward", "py:reward_functions:some", "--eval-data", "prompts.jsonl"]),
+    "grpo": ("grpo", [*ONLINE, "--epochs-per-rollout", "2"]),
+    "ppo": ("ppo", [*ONLINE, "--minibatches", "2", "--kl-target", "2", "--score-shape", "normalized"]),
+}
+LONGER: dict[str, tuple[str, list[str]]] = {
+    "fewer pairs than ranks": ("dpo", [*OFFLINE, "--batch-size", "1", "--no-reference-cache"]),
+    "aot": ("dpo", [*OFFLINE, "--loss", "aot", "--no-reference-cache"]),
+    "wpo": ("dpo", [*OFFLINE, "--loss", "wpo", "--no-reference-cache"]),
+    "live": ("dpo", [*OFFLINE, "--reference", "live"]),
+    "moving": ("dpo", [*OFFLINE, "--reference", "moving", "--reference-args", "every=2"]),
+    "cached": ("dpo", OFFLINE),
+    "checkpointed": ("dpo", [*OFFLINE, "--gradient-checkpointing", "on", "--no-reference-cache"]),
+    "adapter": ("dpo", [*OFFLINE, "--lora-rank", "4", "--no-reference-cache"]),
+    "adapter of a reward model": ("reward", [*OFFLINE, "--lora-rank", "4"]),
+    "adapter online": ("rloo", [*ONLINE, "--lora-rank", "4", "--kl", "exact"]),
+    "exact kl": ("rloo", [*ONLINE, "--kl", "exact"]),
+    "remax": ("rl", [*ONLINE, "--algorithm", "remax"]),
+    "reinforce_pp": ("rl", [*ONLINE, "--algorithm", "reinforce_pp"]),
+    "critic first": ("ppo", [*ONLINE, "--critic-warmup", "1"]),
+    "fewer prompts than ranks": ("rloo", [*ONLINE, "--prompts-per-step", "1"]),
+}
+WHOLE_ONLY = {"demonstrations beside": ("rloo", [*ONLINE, "--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"])}
+NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data, rewards and one cache folder, where commands run."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pairs.jsonl", ROWS)
+    write(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"], "answer": row["answer"]} for row in ROWS])
+    write(tmp_path / "demonstrations.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in ROWS])
+    (tmp_path / "reward_functions.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
+
+
+def on_ranks(cases: list[tuple[str, list[str]]], count: int = 2) -> None:
+    """Run commands under torchrun."""
+    builtin_model("tiny")  # before processes join, as the command line does
+    Path("cases.json").write_text(json.dumps(cases))
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, "-m", *launcher, "-m", "tests.on_ranks", "cases.json"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert told.returncode == 0, told.stderr[-6000:]
+
+
+def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def figures(run: Path, name: str) -> list[dict[str, float]]:
+    rows = lines_of(run, name)
+    numbers = [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
+    return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in numbers]
+
+
+def compare(one: Path, many: Path, near: float = 1e-5) -> None:
+    """Losses and figures of every step, evaluations, answers and final weights are the same to 1e-5, or `near`."""
+    assert lines_of(one, "metrics") and lines_of(one, "samples") == lines_of(many, "samples")
+    for name in ("metrics", "evals"):
+        for ours, theirs in zip(figures(one, name), figures(many, name), strict=True):
+            assert theirs == pytest.approx(ours, rel=near, abs=near, nan_ok=True), (many, name, ours["step"])
+    told = [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(one, "rollouts")]
+    assert told == [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(many, "rollouts")]
+    weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, many))
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.allclose(weights[name], others[name], rtol=0, atol=near), (many, name)
+
+
+def check_cases(split: dict[str, tuple[str, list[str]]], whole: dict[str, tuple[str, list[str]]]) -> None:
+    """Run cases on one rank, and with split or whole weights on two."""
+    jobs: list[tuple[str, list[str]]] = []
+    for shard, cases in {"full": split, "none": whole}.items():
+        jobs += [
+            (command, [*COMMON, *given, "--shard", shard, "--out", f"{shard}/{name}"])
+            for name, (command, given) in cases.items()
+        ]
+    on_ranks(jobs)
+    for name, (command, given) in {**split, **whole}.items():
+        run(command, [*COMMON, *given, "--out", f"one/{name}"])
+    for shard, cases in {"full": split, "none": whole}.items():
+        for name in cases:
+            compare(Path("one", name), Path(shard, name))
+
+
+def test_two_ranks_give_what_one_gives() -> None:
+    check_cases(CASES, {"ppo": CASES["ppo"]})
+    told = [json.loads(Path(shard, "ppo", "environment.json").read_text()) for shard in ("full", "none")]
+    assert [one["ranks"] for one in told] == [2, 2] and "split" in told[0]["shard"] and "copy" in told[1]["shard"]
+
+
+@pytest.mark.slow
+def test_every_combination() -> None:
+    check_cases(LONGER, {**CASES, **LONGER, **WHOLE_ONLY})
+
+
+@pytest.mark.slow
+def test_three_ranks() -> None:
+    flags = [*COMMON, *CASES["dpo"][1]]
+    run("dpo", [*flags, "--out", "one"])
+    on_ranks([("dpo", [*flags, "--out", "three"])], count=3)
+    compare(Path("one"), Path("three"))
+
+
+# ---- Going on
+
+
+RESUMED: dict[str, tuple[str, list[str]]] = {
+    # The reference has moved when the run is cut, and moves again.
+    "moving": ("dpo", [*OFFLINE, *EVALUATED, "--reference", "moving", "--reference-args", "every=2", "alpha=0.5"]),
+    # The third step is the first of two updates on the same answers.
+    "ppo": ("ppo", [*ONLINE, "--minibatches", "2", "--kl-target", "2", "--score-shape", "normalized"]),
+    "adapter": ("reward", [*OFFLINE, *EVALUATED, "--lora-rank", "4", "--shard", "none"]),
+}
+SAVED = ["--steps", "5", "--save-every", "3", "--schedule", "linear"]
+
+
+def test_a_resumed_run_is_the_unbroken_one_on_as_many_ranks_and_on_one() -> None:
+    def jobs(folder: str, *flags: str) -> list[tuple[str, list[str]]]:
+        return [
+            (command, [*COMMON, *given, *SAVED, "--out", f"{folder}/{name}", *flags])
+            for name, (command, given) in RESUMED.items()
+        ]
+
+    on_ranks(jobs("whole"))
+    assert {path.name for path in Path("whole", "ppo", "checkpoints").iterdir()} == {"step-00000003", "step-00000005"}
+    for folder in ("again", "alone"):
+        shutil.copytree("whole", folder)
+        for model in Path(folder).glob("*/model"):
+            shutil.rmtree(model)
+    on_ranks(jobs("again", "--resume-from", "step-00000003"))
+    for command, flags in jobs("alone", "--resume-from", "step-00000003"):
+        run(command, [flag for flag in flags if flag not in ("--shard", "none")])
+    for name in RESUMED:
+        compare(Path("whole", name), Path("again", name), near=1e-6)
+        compare(Path("whole", name), Path("alone", name))
+    ranks = [json.loads(Path(folder, "ppo", "environment.json").read_text()) for folder in ("again", "alone")]
+    assert [[one["ranks"], one["resumed"][0]["ranks"]] for one in ranks] == [[2, 2], [2, 1]]
+
+
+def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on() -> None:
+    flags = [*COMMON, *CASES["sft"][1], "--steps", "40", "--lr", "1e-5", "--out", "run"]
+    metrics = Path("run", "metrics.jsonl")
+    with Path("told").open("w") as told:
+        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "sft", *flags, "--nproc", "2"], stderr=told)
+    try:
+        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.02)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(120) == 128 + signal.SIGTERM
+    finally:
+        launcher.kill()
+    said, steps = Path("told").read_text(), len(lines_of(Path("run"), "metrics"))
+    assert said.count("trimtab: stopped after step") == 1 and f"stopped after step {steps} of 40, as asked" in said
+    assert "Traceback" not in said
+    assert [path.name for path in Path("run", "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    (typed,) = re.findall(r"^  trimtab (.*)$", said, re.MULTILINE)
+    assert typed.endswith("--resume --nproc 2")
+    again = trimtab(*shlex.split(typed))
+    assert again.returncode == 0 and f"going on after step {steps}" in again.stderr, again.stderr
+    assert [row["step"] for row in lines_of(Path("run"), "metrics")] == list(range(1, 41))
+    run("sft", [*flags[:-1], "one"])
+    compare(Path("one"), Path("run"))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone_by_all_ranks_and_that_is_no_error() -> None:
+    flags = [*COMMON, *CASES["sft"][1], "--out", "run"]
+    run("sft", flags)
+    again = trimtab("sft", *flags, "--resume", "--nproc", "2")
+    assert again.returncode == 0 and again.stderr.count("is finished (step 3)") == 1, again.stderr
+
+
+def test_all_ranks_skip_the_step_that_one_of_them_cannot_take() -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    write(Path("broken.jsonl"), [*rows[:-1], {**rows[-1], "weight": 3e38}])
+    flags = [*COMMON, *OFFLINE, "--data", "broken.jsonl", "--steps", "4", "--on-nonfinite", "skip"]
+    jobs = [("sft", [*flags, "--shard", shard, "--out", shard]) for shard in ("full", "none")]
+    on_ranks(jobs)
+    run("sft", [*flags, "--out", "one"])
+    assert [row.get("skipped") for row in lines_of(Path("one"), "metrics")] == [1, None, None, 2]
+    compare(Path("one"), Path("full"))
+    compare(Path("one"), Path("none"))
+
+
+# ---- The command line
+
+
+def trimtab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trimtab", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_with_its_message() -> None:
+    began = time.monotonic()
+    flags = [*COMMON, *ONLINE, "--prompts-per-step", "11", "--reward", "py:reward_functions:failing", "--out", "run"]
+    told = trimtab("raft", *flags, "--nproc", "2")
+    assert told.returncode == 2 and time.monotonic() - began < 100
+    said = [line for line in told.stderr.splitlines() if line.startswith("trimtab: ")]
+    assert len(said) == 1 and "rank " in said[0] and "the tenth is too much" in said[0], told.stderr
+    assert "Traceback" not in told.stderr and not Path("run", "model").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    flags = [*COMMON, *CASES["dpo"][1], "--steps", "100000", "--out", "run", "--nproc", "2"]
+    with Path("told").open("w") as told:
+        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "dpo", *flags], stderr=told)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.1)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert launcher.wait(60) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
+    finally:
+        launcher.kill()
+    assert Path("told").read_text().splitlines()[-1].startswith("trimtab: rank ")
+
+
+def test_what_several_processes_cannot_do_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = {
+        ("generate", "--model", "tiny", "--nproc", "2"): "runs in one process. In several run sft, reward, dpo",
+        ("dpo", "--nproc", "none"): "--nproc none: a number",
+        ("dpo", *COMMON, *OFFLINE, "--out", "run", "--shard", "full"): "--shard full has no effect on one process",
+    }
+    for arguments, message in refused.items():
+        assert main(list(arguments)) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device", "cuda:1"], "--device cuda:1: each of 2 processes has its own"),
+        (["--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"], "--ptx-data"),
+        (["--sampler", "vllm:http://127.0.0.1:9"], "--sampler vllm:http://127.0.0.1:9: 2 processes sample themselves"),
+    ],
+)
+def test_flags_that_do_not_go_with_several_processes(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        run("rloo", [*COMMON, *ONLINE, "--out", "run", *flags])
+
+
+# ---- Who does what
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows", [[2] * 9, [1], [5, 1, 1, 4, 2], [1] * 20])
+def test_every_item_counts_once_and_ranks_run_equally_often(
+    rows: list[int], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "ranks", lambda: count)
+    plans = []
+    for rank in range(count):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        plans.append(parallel.own_pieces(rows, 4))
+    assert len({len(plan) for plan in plans}) == 1
+    counted = [item for plan in plans for items, counts in plan if counts for item in items.tolist()]
+    assert counted == list(range(len(rows)))
+    for items in (items for plan in plans for items, _ in plan):
+        assert len(items) == 1 or sum(rows[i] for i in items.tolist()) <= 4
+    sizes = [sum(len(items) for items, counts in plan if counts) for plan in plans]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_rank_has_everything_in_pieces() -> None:
+    assert [items.tolist() for items, _ in parallel.own_pieces([2, 2, 2], 4)] == [[0, 1], [2]]
+    assert list(pieces([2, 2, 2], 4)) == [range(2), range(2, 3)] and list(pieces([], 4)) == []
+    assert parallel.gather(3) == [3] and parallel.over_ranks(list, [1, 2]) == [1, 2]
