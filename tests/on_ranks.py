@@ -21,4 +21,4 @@ if __name__ == "__main__":
     assert parallel.ranks() > 1, "start this with torchrun"
     for name, flags in json.loads(Path(sys.argv[1]).read_text()):
         run(name, flags)
-    parallel.finish()
+    parallel.leave(0)

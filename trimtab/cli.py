@@ -189,9 +189,11 @@ def run_recipe(function: Callable[[Any], object], config: Any, *, together: bool
             function(config)
         except (AlreadyFinished, Interrupted) as stop:  # on all ranks alike
             ended = stop.with_traceback(None)  # which holds on to weights
+        if ended is None or not first:
+            parallel.leave(status_of(ended) if ended else 0)
         parallel.finish()
     if ended is not None:
-        raise ended if first else SystemExit(status_of(ended))
+        raise ended
 
 
 def check_preset(name: str, command: Command, given: Sequence[str]) -> None:

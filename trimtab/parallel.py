@@ -106,6 +106,20 @@ def finish() -> None:
     dist.destroy_process_group()
 
 
+def leave(status: int) -> None:
+    """End this process, once all ranks are done; on one rank, nothing.
+
+    At once: threads of a process group that is taken apart while split weights are alive can abort the interpreter as
+    it ends, after all is written.
+    """
+    if not dist.is_initialized():
+        return
+    meet()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 @dataclass(frozen=True)
 class Leaving:
     """Ends this process at once where an error leaves the block; the rank that failed first says why.
