@@ -319,12 +319,6 @@ class FeedbackObjective:
 # ---- Online RL
 
 
-class HasValues(HasLogprobs, Protocol):
-    """A policy with a critic: what it expects before each response token, `[B, T]`, reward units."""
-
-    def values(self, tokens: Tokens) -> PerToken: ...
-
-
 @dataclass(frozen=True)
 class PolicyOutputs:
     """Log-probabilities of the response tokens and the critic's values before them (zeros without one), `[B, T]`."""

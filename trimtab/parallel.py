@@ -306,11 +306,6 @@ def split_weights(module: nn.Module, layers: Sequence[nn.Module], device: torch.
     register_fsdp_forward_method(module, "run")
 
 
-def is_split(network: nn.Module) -> bool:
-    """Whether a network's weights are split over ranks."""
-    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
-
-
 def here(tensor: Tensor) -> Tensor:
     """This rank's part of a split tensor, in the same memory; another tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

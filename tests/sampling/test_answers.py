@@ -140,20 +140,20 @@ def test_second_tokens_depend_on_the_first(policy: Policy) -> None:
     assert abs(float(surprise.mean()) - exact) < 4 * float(surprise.std()) / 1500**0.5
 
 
+def generated(policy: Policy, prompt: Prompt, **settings: float) -> list[int]:
+    """The ids that transformers gives as a prompt's greedy answer, which nothing ends early."""
+    ids = torch.tensor([encode_prompt(policy.tokenizer, prompt)])
+    ending = {"eos_token_id": None, "pad_token_id": policy.pad_id}
+    found = policy.model.generate(  # pyright: ignore
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **ending, **settings
+    )
+    return found[0, ids.shape[1] :].tolist()
+
+
 def test_greedy_is_what_transformers_generates(policy: Policy) -> None:
     greedy = sample(policy, PROMPTS, 1, max_new_tokens=12, temperature=0, stop_ids=())
     for row, prompt in enumerate(PROMPTS):
-        ids = torch.tensor([encode_prompt(policy.tokenizer, prompt)])
-        expected = policy.model.generate(  # pyright: ignore
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=12,
-            max_new_tokens=12,
-            eos_token_id=None,
-            pad_token_id=policy.pad_id,
-        )
-        assert responses(greedy)[row] == expected[0, ids.shape[1] :].tolist()
+        assert responses(greedy)[row] == generated(policy, prompt, min_new_tokens=12, max_new_tokens=12)
     assert not greedy.sampled_logprobs.any(), "greedy is certain of its token"
     assert (greedy.logprobs[greedy.tokens.response_mask] < 0).all()
 
@@ -307,18 +307,8 @@ def test_a_repetition_penalty_counts_prompt_and_answer(policy: Policy) -> None:
 
 
 def test_greedy_with_a_penalty_is_what_transformers_generates(policy: Policy) -> None:
-    ids = torch.tensor([encode_prompt(policy.tokenizer, PROMPTS[0])])
-    expected = policy.model.generate(  # pyright: ignore
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        repetition_penalty=1.3,
-        max_new_tokens=20,
-        eos_token_id=None,
-        pad_token_id=policy.pad_id,
-    )
     found = sample(policy, PROMPTS[:1], max_new_tokens=20, temperature=0, repetition_penalty=1.3, stop_ids=())
-    assert responses(found)[0] == expected[0, ids.shape[1] :].tolist()
+    assert responses(found)[0] == generated(policy, PROMPTS[0], repetition_penalty=1.3, max_new_tokens=20)
 
 
 def test_steps_draw_different_answers_and_can_be_repeated(policy: Policy, samples: Samples) -> None:
