@@ -22,9 +22,13 @@ def alarms(run: RunRecord) -> list[str]:
 
 def looked_at(runs: Sequence[RunRecord]) -> str:
     """What was searched for alarms, so that silence can be judged."""
-    counts = {"steps": [run.metrics for run in runs], "evaluations": [run.evals for run in runs]}
-    counts["rollouts"] = [run.rollouts for run in runs]
-    return ", ".join(f"{sum(map(len, rows)):,} {name}" for name, rows in counts.items())
+    kinds = {
+        "step": [run.metrics for run in runs],
+        "evaluation": [run.evals for run in runs],
+        "rollout": [run.rollouts for run in runs],
+    }
+    counts = {name: sum(map(len, rows)) for name, rows in kinds.items()}
+    return ", ".join(f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
 
 
 def signs_seen(run: RunRecord) -> Iterator[str]:

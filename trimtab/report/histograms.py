@@ -34,7 +34,7 @@ class Compared(NamedTuple):
 
 
 def histogram_figures(compared: Compared | None) -> list[Figure]:
-    """Four histograms, of all answers and of each third by length; none for too few answers."""
+    """Histograms of all answers and of each third by length that has any; none for too few answers."""
     if compared is None or any(len(found) < FEWEST for found in compared.answers.values()):
         return []
     pooled = [one for found in compared.answers.values() for one in found]
@@ -44,7 +44,7 @@ def histogram_figures(compared: Compared | None) -> list[Figure]:
         figures.append(
             histogram(compared, f"{name} answers, {bounds_in_words(low, high, compared.unit)}", edges, (low, high))
         )
-    return figures
+    return [figure for figure in figures if figure.traces]
 
 
 def histogram(compared: Compared, note: str, edges: Sequence[float], lengths: tuple[float, float]) -> Figure:
