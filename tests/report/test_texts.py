@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.report.records import record
 from trimtab.report import RunRecord, write_report
 from trimtab.report.texts import (
     Answer,
@@ -23,6 +24,7 @@ from trimtab.report.texts import (
     reward_change,
     sampled,
     signs,
+    texts_of,
     word_change,
 )
 
@@ -35,7 +37,7 @@ def said(text: str = SENTENCE, gold: float | None = None, proxy: float | None = 
 
 
 def run_of(*samples: Mapping[str, Any], name: str = "dpo") -> RunRecord:
-    return RunRecord(name=name, config="", environment={}, metrics=[], evals=[], samples=samples)
+    return record(name, samples=samples)
 
 
 class TestSigns:
@@ -184,22 +186,22 @@ class TestOrders:
 class TestSampled:
     def test_the_first_and_the_last_step_of_a_prompt_are_before_and_after(self):
         rows = [{"step": step, "prompt": "Why?", "response": f"r{step}", "reward": step} for step in (5, 0, 10)]
-        [text] = sampled(run_of(*rows), named=False)
+        [text] = sampled(run_of(*rows))
         assert text.before and (text.before.name, text.before.text) == ("before, step 0", "r0")
         assert [(answer.name, answer.text, answer.proxy) for answer in text.after] == [("after, step 10", "r10", 10.0)]
 
     def test_several_answers_to_a_prompt_are_paired_in_their_order(self):
         rows = [{"step": step, "prompt": "Why?", "response": f"{step}{i}"} for step in (0, 9) for i in "ab"]
-        found = [(text.before and text.before.text, text.after[0].text) for text in sampled(run_of(*rows), named=False)]
+        found = [(text.before and text.before.text, text.after[0].text) for text in sampled(run_of(*rows))]
         assert found == [("0a", "9a"), ("0b", "9b")]
 
     def test_while_a_run_goes_on_there_is_only_before(self):
-        [text] = sampled(run_of({"step": 0, "prompt": "Why?", "response": "So."}), named=True)
+        [text] = sampled(run_of({"step": 0, "prompt": "Why?", "response": "So."}), "dpo")
         assert text.before and text.after == () and text.source == "dpo"
 
     def test_rows_without_a_step_are_samples(self):
         rows = [{"prompt": [{"role": "user", "content": "Who?"}], "response": word} for word in ("Me.", "You.")]
-        [text] = sampled(run_of(*rows), named=False)
+        [text] = sampled(run_of(*rows))
         assert (text.prompt, text.before) == ("user: Who?", None)
         assert [(answer.name, answer.text) for answer in text.after] == [("sample 1", "Me."), ("sample 2", "You.")]
 
@@ -217,12 +219,26 @@ class TestSampled:
     )
     def test_a_row_that_is_no_sample_is_named(self, row: dict[str, Any], why: str):
         with pytest.raises(ValueError, match=r"samples.jsonl of dpo, row 2: ") as caught:
-            sampled(run_of({"prompt": "p", "response": "r"}, row), named=False)
+            sampled(run_of({"prompt": "p", "response": "r"}, row))
         assert why in str(caught.value)
 
     def test_a_step_that_is_no_number_is_no_step(self):
-        [text] = sampled(run_of({"step": [0], "prompt": "p", "response": "r"}), named=False)
+        [text] = sampled(run_of({"step": [0], "prompt": "p", "response": "r"}))
         assert text.before is None
+
+
+def test_rollouts_are_read_too():
+    answers = [{"text": "a", "reward": 1.5}, {"text": "", "reward": None}]
+    run = record(rollouts=[{"rollout": 1}, {"rollout": 2, "prompt": "p", "answers": answers}])
+    [text] = texts_of(run, "rloo")
+    assert (text.source, text.before) == ("rloo, rollout 2", None)
+    assert [(answer.name, answer.text, answer.proxy) for answer in text.after] == [
+        ("answer 1", "a", 1.5),
+        ("answer 2", "", None),
+    ]
+    assert [text["source"] for text in reading({}, [run])["texts"]] == ["rollout 2"]
+    with pytest.raises(ValueError, match=r"rollouts.jsonl of run, row 1: answers"):
+        texts_of(record(rollouts=[{"answers": 3}]))
 
 
 def test_an_empty_conversation_is_an_empty_prompt():

@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trimtab.report.read import RunRecord, read_run
+from trimtab.report.read import RunRecord, labelled, read_run
 from trimtab.untrusted import MOST_WHOLE, open_regular, read_json_object, read_whole
 
-NOT_YET = {"config.yaml": "", "environment.json": "{}", "metrics.jsonl": ""}
+NOT_YET = {"config.yaml": "{}", "environment.json": "{}", "metrics.jsonl": ""}
 """Files that every run has in the end, and what they hold until then."""
 READ = (".yaml", ".json", ".jsonl")
 """Endings of the files that the page is made of."""
@@ -51,7 +51,7 @@ def runs_in(directory: Path) -> list[Path]:
 
 
 def signature(directories: Sequence[Path]) -> Signature:
-    """Name, time and size of every file that the page depends on. Raises FileNotFoundError if one goes away meanwhile."""
+    """Name, time and size of every file that the page depends on. FileNotFoundError if one goes away meanwhile."""
     folders = dict.fromkeys(folder for directory in directories for folder in (directory, *runs_in(directory)))
     return tuple(entry for folder in folders for entry in _entries(folder))
 
@@ -68,23 +68,23 @@ def read_live(directories: Sequence[Path]) -> tuple[list[RunRecord], Mapping[str
 
     Raises ValueError naming the line that is no JSON; a last line without an end is still being written.
     """
-    runs = [read_growing(run) for directory in directories for run in runs_in(directory)]
+    inside = labelled(run for directory in directories for run in runs_in(directory))
+    runs = [read_growing(run, name) for name, run in inside.items()]
     written = directories[0] / SUMMARY
     return runs, read_json_object(written) if len(directories) == 1 and written.exists() else {}
 
 
-def read_growing(directory: Path) -> RunRecord:
+def read_growing(directory: Path, name: str = "") -> RunRecord:
     """A run that is being written, up to its last whole line; what is not there yet is empty."""
     with TemporaryDirectory() as folder:
-        copy = Path(folder) / directory.resolve().name
-        copy.mkdir()
-        for name, content in NOT_YET.items():
-            (copy / name).write_text(content, encoding="utf-8")
+        copy = Path(folder)
+        for missing, content in NOT_YET.items():
+            (copy / missing).write_text(content, encoding="utf-8")
         for path in directory.iterdir():
             if path.suffix in READ and path.is_file():
                 (copy / path.name).write_bytes(_whole_lines(path))
         try:
-            return read_run(copy)
+            return read_run(copy, name or directory.resolve().name)
         except ValueError as error:
             raise ValueError(str(error).replace(str(copy), str(directory))) from None
 

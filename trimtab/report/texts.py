@@ -59,7 +59,7 @@ class Text:
     before: Answer | None
     after: tuple[Answer, ...]
     source: str = ""
-    """The run that it is of, where there are several."""
+    """The run that it is of, where there are several, and its rollout."""
 
     @property
     def changes(self) -> list[float]:
@@ -244,7 +244,7 @@ def orders(cards: Sequence[Card]) -> dict[str, Order]:
 def reading(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
     """All texts and their orders, for the page's script; where a summary has no texts, the samples of the runs."""
     cards = cards_of([_of_summary(entry) for entry in summary.get("texts") or ()])
-    cards = cards or [card for run in runs for card in cards_of(sampled(run, named=len(runs) > 1))]
+    cards = cards or [card for run in runs for card in cards_of(texts_of(run, run.name if len(runs) > 1 else ""))]
     suspicious = sum(any(card.signs) for card in cards)
     return {
         "texts": [_shown(card) for card in cards],
@@ -306,30 +306,49 @@ def _measured(row: Mapping[str, Any]) -> tuple[float | None, float | None, float
     return gold, proxy, kl
 
 
-def sampled(run: RunRecord, *, named: bool) -> list[Text]:
-    """What a run's policy said: of every prompt the answers of its first sampled step beside those of its last.
+def texts_of(run: RunRecord, source: str = "") -> list[Text]:
+    """What a run's policy said: its samples, then the rollouts of online RL. ValueError names the row that is none."""
+    rollouts = [(place, row) for place, row in enumerate(run.rollouts, 1) if "answers" in row]
+    with_places = [_told_of(run, "rollouts.jsonl", place, _rollout, row, source) for place, row in rollouts]
+    return sampled(run, source) + with_places
 
-    Raises ValueError naming the row that is no sample.
+
+def _told_of(run: RunRecord, file: str, place: int, read: Callable[..., Any], *given: Any) -> Any:
+    try:
+        return read(*given)
+    except ValueError as error:
+        raise ValueError(f"{file} of {run.name}, row {place}: {error}.") from None
+
+
+def sampled(run: RunRecord, source: str = "") -> list[Text]:
+    """Of every prompt the answers of its first sampled step beside those of its last.
+
+    A row with the answers of several methods, as in a summary, is a text of its own.
     """
-    source = run.name if named else ""
     whole: list[Text] = []
     by_prompt: dict[str, dict[float | None, list[Mapping[str, Any]]]] = {}
     for place, row in enumerate(run.samples, 1):
-        try:
-            if "answers" in row:  # the answers of several methods in one row, as in a summary
-                whole.append(_of_summary(row, source))
-            else:
-                by_step = by_prompt.setdefault(prompt_text(row.get("prompt")), {})
-                by_step.setdefault(number(row.get("step")), []).append(_with_response(row))
-        except ValueError as error:
-            raise ValueError(f"samples.jsonl of {run.name}, row {place}: {error}.") from None
+        if "answers" in row:
+            whole.append(_told_of(run, "samples.jsonl", place, _of_summary, row, source))
+        else:
+            prompt, step = _told_of(run, "samples.jsonl", place, _key, row)
+            by_prompt.setdefault(prompt, {}).setdefault(step, []).append(row)
     return whole + [text for prompt, by_step in by_prompt.items() for text in _paired(prompt, by_step, source)]
 
 
-def _with_response(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _key(row: Mapping[str, Any]) -> tuple[str, float | None]:
     if not isinstance(row.get("response"), str):
         raise ValueError("it has no response that is a text")
-    return row
+    return prompt_text(row.get("prompt")), number(row.get("step"))
+
+
+def _rollout(row: Mapping[str, Any], source: str) -> Text:
+    answers = row["answers"]
+    if not isinstance(answers, list) or not all(isinstance(one, Mapping) and "text" in one for one in answers):
+        raise ValueError("answers: expected a list of objects with a text")
+    said = [Answer(f"answer {place}", "c1", str(one["text"]), *_measured(one)) for place, one in enumerate(answers, 1)]
+    named = ", ".join(part for part in (source, f"rollout {row.get('rollout', '')}") if part)
+    return Text(prompt_text(row.get("prompt")), None, tuple(said), named)
 
 
 def _paired(prompt: str, by_step: Mapping[float | None, Sequence[Mapping[str, Any]]], source: str) -> Iterator[Text]:
