@@ -142,7 +142,8 @@ def test_orders_change_what_comes_first(seen: Seen, tmp_path: Path):
         page.select_option("#order", order)
         assert first.text_content() == f"Prompt number {number}."
     page.select_option("#order", "suspicious")
-    assert "proxy reward rose by 9.00, gold reward did not" in (page.locator(".signs").first.text_content() or "")
+    assert first.text_content() == "Prompt number 0."  # of which best-of-4 has a sign, too
+    assert page.locator(".signs").nth(1).text_content() == "proxy reward rose by 9.00, gold reward did not (0.00)"
     assert "KL 4.50" in (cards(page).first.text_content() or "")
 
 
@@ -190,9 +191,21 @@ def test_no_width_makes_the_page_wider_than_the_window(browser: "Browser", tmp_p
     seen.context.close()
 
 
+def until(page: "Page", expression: str) -> None:
+    """Wait until it holds. (Playwright's own way evaluates strings in the page, which the page's policy forbids.)"""
+    for _ in range(300):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never came: {expression}")
+
+
 class TestWatch:
     def grow(self, run: Path, step: int, loss: float = 0.25) -> None:
         append(run / "metrics.jsonl", json.dumps({"step": step, "loss": loss, "reward": 1.0}) + "\n")
+
+    def top(self, page: "Page") -> float:
+        return page.evaluate("document.getElementById('texts').getBoundingClientRect().top")
 
     def test_what_is_written_comes_in_and_the_reader_is_left_alone(self, seen: Seen, tmp_path: Path):
         rows = [{"step": 0, "prompt": f"Question {i}?", "response": "So. " * 30} for i in range(40)]
@@ -201,24 +214,25 @@ class TestWatch:
         with serving(run) as address:
             page = seen.open(address)
             page.wait_for_selector("#live[data-state=live]")
-            assert page.locator(".plot").count() == 2
+            drawn = page.locator(".plot").count()
             page.locator("#facts summary").first.click()
             page.fill("#search", "question 3")
-            found, scrolled = cards(page).count(), page.evaluate("scrollTo(0, 900); scrollY")
-            shift = page.locator("#texts").bounding_box()
+            found = cards(page).count()
+            page.evaluate("scrollTo({top: document.getElementById('texts').offsetTop, behavior: 'instant'})")
+            top = self.top(page)
             self.grow(run, 6)
             append(run / "metrics.jsonl", '{"step": 7, "lo')  # and half a line
-            page.wait_for_function("document.querySelectorAll('.plot').length === 3")
-            assert page.evaluate("document.querySelector('.plot').data[0].x.at(-1)") == 6
-            assert page.locator(".plot .main-svg").count() >= 3
-            assert page.locator("#search").input_value() == "question 3" and cards(page).count() == found == 11
+            until(page, f"document.querySelectorAll('.plot').length > {drawn}")  # a reward has been measured
+            assert page.evaluate("document.querySelector('[aria-label^=Loss]').data[0].x.at(-1)") == 6
+            assert page.locator(".plot:not(:has(.main-svg))").count() == 0
+            assert page.locator("#search").input_value() == "question 3" and cards(page).count() == found
+            assert page.locator("#count").text_content() == "13 of 40"
             assert page.locator("#facts details").first.get_attribute("open") is not None
-            assert shift is not None and scrolled > 0 and page.locator("#texts").bounding_box() is not None
-            assert abs((page.locator("#texts").bounding_box() or shift)["y"] - shift["y"]) < 3
+            assert self.top(page) == pytest.approx(top, abs=3) and page.evaluate("scrollY") > 300
             assert "live · changed" in (page.locator("#live").text_content() or "")
             late = {"step": 6, "prompt": "Question 3?", "response": "After <i>all</i>."}
             append(run / "samples.jsonl", json.dumps(late) + "\n")
-            page.wait_for_function("document.getElementById('cards').textContent.includes('After <i>all</i>.')")
+            until(page, "document.getElementById('cards').textContent.includes('After <i>all</i>.')")
             (run / "environment.json").write_text('{"finished": 6}')
             page.wait_for_selector("#live[data-state=finished]")
 
@@ -229,7 +243,7 @@ class TestWatch:
             page.evaluate("document.querySelector('.plot').mine = true")
             page.evaluate("Plotly.relayout(document.querySelector('.plot'), {'xaxis.range': [2, 3]})")
             append(run / "metrics.jsonl", '{"step": 6, "loss": 0.25, "accuracy": 0.5}\n')
-            page.wait_for_function("document.querySelector('.plot').data[0].x.at(-1) === 6")
+            until(page, "document.querySelector('.plot').data[0].x.at(-1) === 6")
             assert page.evaluate("document.querySelector('.plot').mine") is True
             assert page.evaluate("document.querySelector('.plot').layout.xaxis.range") == [2, 3]
 
@@ -241,7 +255,7 @@ class TestWatch:
             assert page.locator(".waiting").text_content() == "Waiting for the first metrics of run."
             self.grow(run, 1)
             page.wait_for_selector("#live[data-state=live]")
-            page.wait_for_function("document.querySelectorAll('.plot .main-svg').length > 0")
+            until(page, "document.querySelectorAll('.plot .main-svg').length > 0")
             assert page.locator(".waiting").count() == 0
 
     def test_a_server_that_is_gone_is_said_to_be(self, browser: "Browser", tmp_path: Path):

@@ -63,7 +63,7 @@ class TestSigns:
         assert signs(said(proxy=0.0), said(proxy=9.0)) == []
 
     def test_a_reward_that_rose_with_repetition(self):
-        before, after = SENTENCE, "Good bed, good bed, good bed. " + SENTENCE
+        before, after = SENTENCE, "Good bed, good bed, good bed, good bed, good bed. " + SENTENCE
         assert repetition(after) - repetition(before) > 0.2 and not degenerate(after)
         [sign] = signs(said(before, proxy=0.0), said(after, proxy=0.1))
         assert sign == f"reward rose with repetition (0% to {repetition(after):.0%} of its word triples)"

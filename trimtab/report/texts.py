@@ -214,28 +214,25 @@ def _card(text: Text, spread: float) -> Card:
 
 Order = tuple[str, Callable[[Card], Any]]
 
-ALWAYS: dict[str, Order] = {
-    "suspicious": ("most suspicious first", lambda card: card.suspicion),
-}
-WITH_BEFORE: dict[str, Order] = {
+ORDERS: dict[str, Order] = {
     "changed": ("most changed first", lambda card: (max(map(abs, card.text.changes), default=0.0), card.text.reworded)),
-}
-WITH_REWARDS: dict[str, Order] = {
+    "suspicious": ("most suspicious first", lambda card: card.suspicion),
+    "worst": ("got worse first", lambda card: -min(card.text.changes, default=float("inf"))),
     "highest": ("highest reward first", lambda card: max(card.text.rewards, default=float("-inf"))),
     "lowest": ("lowest reward first", lambda card: -min(card.text.rewards, default=float("inf"))),
 }
-WITH_CHANGES: dict[str, Order] = {
-    "worst": ("got worse first", lambda card: -min(card.text.changes, default=float("inf"))),
-}
+"""By name: what the reader chooses, and what it sorts by, largest first."""
 
 
 def orders(cards: Sequence[Card]) -> dict[str, Order]:
-    """The orders that these texts can be read in, the first one first; each sorts by its key, largest first."""
-    found = WITH_BEFORE if any(card.text.before and card.text.after for card in cards) else {}
-    found = found | ALWAYS
-    if any(card.text.changes for card in cards):
-        found = found | WITH_CHANGES
-    return found | WITH_REWARDS if any(card.text.rewards for card in cards) else found
+    """The orders that mean something for these texts; the first one is the page's own choice."""
+    needed = {
+        "changed": any(card.text.before and card.text.after for card in cards),
+        "worst": any(card.text.changes for card in cards),
+        "highest": any(card.text.rewards for card in cards),
+        "lowest": any(card.text.rewards for card in cards),
+    }
+    return {name: order for name, order in ORDERS.items() if needed.get(name, True)}
 
 
 # ---- What the page reads

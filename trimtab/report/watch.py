@@ -24,7 +24,7 @@ from trimtab.report.page import render
 from trimtab.report.read import RunRecord
 
 PATIENCE = 20.0
-"""After a page took a second to render, the next one is made so many seconds later: training needs the processor."""
+"""After a page took a second of a processor, the next one is made so many seconds later: training needs it, too."""
 THIS_MACHINE = ("localhost", "127.0.0.1")
 
 
@@ -36,7 +36,7 @@ class Watched:
         self.lock = threading.Lock()
         self.runs: list[RunRecord] = []
         self.summary: Any = {}
-        self.seen: Signature | None = None
+        self.seen: tuple[Signature, list[str]] | None = None
         self.not_before = 0.0
         self.version, self.page = "", ""
         self.newest()
@@ -49,19 +49,19 @@ class Watched:
             return self.version, self.page
 
     def _look(self) -> None:
-        found, trouble = self._signature()
-        if found == self.seen:
+        found, trouble = asked = self._signature()
+        if asked == self.seen:
             return
-        began = time.monotonic()
-        self.version = hashlib.sha256(repr((found, trouble)).encode("utf-8", "replace")).hexdigest()[:16]
+        began = time.thread_time()  # of the processor: what training lacks, not what it takes away
+        self.version = hashlib.sha256(repr(asked).encode("utf-8", "replace")).hexdigest()[:16]
         try:
             runs, summary = read_live(self.directories) if not trouble else (self.runs, self.summary)
             self.page = self._render(found, runs, summary, trouble)
             self.runs, self.summary = runs, summary
         except (OSError, ValueError) as error:  # told on the page, above what was read last
             self.page = self._render(found, self.runs, self.summary, [str(error)])
-        self.seen = found
-        self.not_before = time.monotonic() + PATIENCE * (time.monotonic() - began)
+        self.seen = asked
+        self.not_before = time.monotonic() + PATIENCE * (time.thread_time() - began)
 
     def _signature(self) -> tuple[Signature, list[str]]:
         """The state of the files, and what is wrong with them: a run that is begun again clears its directory."""
@@ -79,9 +79,6 @@ class Watched:
 
 class Answers(BaseHTTPRequestHandler):
     """The page at /; at /?since=VERSION the newest one without plotly.js, or nothing if it is that one."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds that a connection may be idle
 
     def __init__(self, watched: Watched, names: Sequence[str], *rest: Any) -> None:
         self.watched, self.names = watched, names
