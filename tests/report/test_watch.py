@@ -84,17 +84,17 @@ class TestReading:
     def test_a_run_that_has_not_begun_is_waited_for(self, tmp_path: Path):
         (tmp_path / "run").mkdir()
         runs, _ = read_live([tmp_path / "run"])
-        assert (state(runs), notes(runs)) == ("waiting", ["Waiting for the first metrics of run."])
+        assert (state(runs, [tmp_path / "run"]), notes(runs)) == ("waiting", ["Waiting for the first metrics of run."])
         append(tmp_path / "run" / "metrics.jsonl", '{"step": 1, "loss": 0.5}\n')
         runs, _ = read_live([tmp_path / "run"])
-        assert (state(runs), notes(runs)) == ("live", [])
+        assert (state(runs, [tmp_path / "run"]), notes(runs)) == ("live", [])
 
     def test_a_run_says_when_it_is_finished(self, tmp_path: Path):
         done = make_run(tmp_path / "done", environment_json='{"finished": 3}')
         other = make_run(tmp_path / "other")
-        assert state(read_live([done])[0]) == "finished"
-        assert state(read_live([done, other])[0]) == "live"
-        assert state([]) == "waiting"
+        assert state(read_live([done])[0], [done]) == "finished"
+        assert state(read_live([done, other])[0], [done, other]) == "live"
+        assert state([], []) == "waiting"
 
     def test_a_directory_of_runs_shows_them_all_and_its_summary(self, tmp_path: Path):
         for i, name in enumerate(("reward", "dpo")):
@@ -106,6 +106,15 @@ class TestReading:
         assert ([run.name for run in runs], summary) == (["reward", "dpo"], {"model": "tiny"})
         assert read_live([tmp_path / "dpo", tmp_path])[1] == {}  # of several there is no one summary
         assert runs_in(tmp_path / "dpo") == [tmp_path / "dpo"]
+
+    def test_a_directory_of_several_runs_is_finished_once_it_has_a_summary(self, tmp_path: Path):
+        whole = tmp_path / "all" / "quickstart"
+        run = make_run(whole / "dpo", environment_json='{"finished": 3}')
+        (whole / "config.yaml").write_text("command: quickstart\n")
+        assert runs_in(whole) == runs_in(whole.parent) == [run]
+        assert state(read_live([whole])[0], [whole]) == "live"
+        (whole / "summary.json").write_text("{}")
+        assert state(read_live([whole])[0], [whole]) == "finished"
 
     def test_the_signature_tells_what_changed(self, tmp_path: Path):
         run = make_run(tmp_path / "run")

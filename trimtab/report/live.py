@@ -36,7 +36,7 @@ class Live:
 
 
 def runs_in(directory: Path) -> list[Path]:
-    """The directory itself if it is a run's, else the runs that it holds, oldest first; itself if it holds none yet.
+    """The directory itself if it is a run's, else the runs inside, at any depth, oldest first; itself if there is none.
 
     Raises FileNotFoundError if there is no such directory.
     """
@@ -47,7 +47,8 @@ def runs_in(directory: Path) -> list[Path]:
     inside = [path.parent for path in directory.glob("*/config.yaml")]
     if (directory / "metrics.jsonl").exists() or not inside:
         return [directory]
-    return sorted(inside, key=lambda run: ((run / "config.yaml").stat().st_mtime_ns, run.name))
+    inside.sort(key=lambda run: ((run / "config.yaml").stat().st_mtime_ns, run.name))
+    return [run for one in inside for run in runs_in(one)]
 
 
 def signature(directories: Sequence[Path]) -> Signature:
@@ -101,8 +102,14 @@ def notes(runs: Sequence[RunRecord]) -> list[str]:
     return [f"Waiting for the first metrics of {run.name}." for run in runs if not run.metrics]
 
 
-def state(runs: Sequence[RunRecord]) -> str:
-    """`finished` if all runs say that they are, `waiting` if none has begun, else `live`."""
-    if runs and all(run.environment.get("finished") is not None for run in runs):
+def state(runs: Sequence[RunRecord], directories: Sequence[Path]) -> str:
+    """`finished` if all runs say that they are, `waiting` if none has begun, else `live`.
+
+    In a directory of several runs another one may follow, until it has a summary.
+    """
+    complete = all(
+        (directory / "metrics.jsonl").exists() or (directory / SUMMARY).exists() for directory in directories
+    )
+    if runs and complete and all(run.environment.get("finished") is not None for run in runs):
         return "finished"
     return "live" if any(run.metrics for run in runs) else "waiting"

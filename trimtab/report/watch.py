@@ -74,7 +74,9 @@ class Watched:
 
     def _render(self, found: Signature, runs: Sequence[RunRecord], summary: Any, trouble: Sequence[str]) -> str:
         changed = max((time_ns // 1_000_000 for _, time_ns, _ in found), default=None)
-        return render(runs, summary, Live(self.version, state(runs), changed, [*trouble, *notes(runs)]))
+        return render(
+            runs, summary, Live(self.version, state(runs, self.directories), changed, [*trouble, *notes(runs)])
+        )
 
 
 class Answers(BaseHTTPRequestHandler):
