@@ -1,4 +1,4 @@
-"""Whatever the files of a run hold, if they can be read, the parts of the report are made or one ValueError says why."""
+"""Whatever the files of a run hold, if they can be read, the report is made or one ValueError says why."""
 
 import json
 from pathlib import Path

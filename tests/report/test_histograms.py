@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_thirds_by_hand(lengths: list[float], ends: tuple[float, float]):
     assert (first, second) == ends == (again, last)
 
 
-def compared(**answers: list[tuple[float, float]]) -> Compared:
+def compared(**answers: Sequence[tuple[float, float]]) -> Compared:
     found = {name: [Scored(*one) for one in some] for name, some in answers.items()}
     return Compared("reward", "tokens", found, dict.fromkeys(found, "c1"))
 
