@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_thirds_by_hand(lengths: list[float], ends: tuple[float, float]):
     assert (first, second) == ends == (again, last)
 
 
-def compared(**answers: list[tuple[float, float]]) -> Compared:
+def compared(**answers: Sequence[tuple[float, float]]) -> Compared:
     found = {name: [Scored(*one) for one in some] for name, some in answers.items()}
     return Compared("reward", "tokens", found, dict.fromkeys(found, "c1"))
 
@@ -68,7 +69,14 @@ def test_an_outline_steps_at_the_edges_and_ends_at_zero():
 
 def test_answers_of_one_length_have_no_thirds():
     figures = histogram_figures(compared(before=[(0.0, 8.0)] * 6, after=[(1.0, 8.0)] * 6))
-    assert [figure.note for figure in figures] == ["all answers", "short answers, up to 8 tokens"]
+    assert [figure.note for figure in figures] == ["all answers"]
+
+
+def test_a_third_without_answers_is_left_out():
+    lengths = [1.0, 8.0, 8.0, 8.0, 8.0, 8.0]
+    figures = histogram_figures(compared(before=[(0.0, one) for one in lengths], after=[(1.0, 9.0)] * 6))
+    notes = [figure.note for figure in figures]
+    assert notes == ["all answers", "short answers, up to 8 tokens", "middle answers, more than 8, up to 9 tokens"]
 
 
 def test_few_answers_are_no_histogram():

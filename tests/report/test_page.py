@@ -235,7 +235,7 @@ def online(tmp_path: Path) -> Page:
     }
     files = {f"{name}_jsonl": "".join(json.dumps(row) + "\n" for row in some) for name, some in rows.items()}
     facts = {"kind": "Prompt", "records": 7, "duplicates": {"count": 2, "examples": ["</td><script>"]}}
-    made = make_run(tmp_path / "rloo", config_yaml="command: rl\nkl_budget: 5\n", **files)
+    made = make_run(tmp_path / "rloo", 1, config_yaml="command: rl\nkl_budget: 5\n", **files)
     (made / "data.json").write_text(json.dumps({"train": {"facts": facts}}), encoding="utf-8")
     other = make_run(tmp_path / "sft", config_yaml="command: sft\n", evals_jsonl="")
     return Page(write_report([made, other], tmp_path / "report.html"))

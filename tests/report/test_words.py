@@ -98,7 +98,7 @@ def test_the_course_of_a_figure():
     assert course("rloo", "reward", rows[2:]) == []
 
 
-@pytest.mark.parametrize(("after", "said"), [(2.5, "25% up"), (1.5, "25% down"), (2.2, "the same"), (1.8, "the same")])
+@pytest.mark.parametrize(("after", "said"), [(2.5, "25% up"), (1.5, "25% down"), (2.1, "the same"), (1.9, "the same")])
 def test_what_has_grown(after: float, said: str):
     assert grown(2.0, after, "up", "down", "the same") == said
 

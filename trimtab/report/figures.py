@@ -70,8 +70,8 @@ CHARTS = (
     Chart("Entropy", "of the next token", "nats per token", (Curve("entropy", "training", "c3"),)),
     Chart(
         "Diversity",
-        "different n-grams, as a share of what uniform draws would have",
-        "share",
+        "different n-grams; 1 is as many as of uniform draws",
+        "ratio",
         (Curve("distinct", "answers to one prompt", "c2"), Curve("distinct_across", "answers to all prompts", "c1")),
     ),
 )

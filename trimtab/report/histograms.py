@@ -34,17 +34,22 @@ class Compared(NamedTuple):
 
 
 def histogram_figures(compared: Compared | None) -> list[Figure]:
-    """Histograms of all answers and of each third by length that has any; none for too few answers."""
+    """Histograms of all answers and of those in each third by length; none for too few answers.
+
+    Where all answers fall into one third, for they are equally long, there are no thirds.
+    """
     if compared is None or any(len(found) < FEWEST for found in compared.answers.values()):
         return []
     pooled = [one for found in compared.answers.values() for one in found]
     edges = bin_edges([one.reward for one in pooled])
-    figures = [histogram(compared, "all answers", edges, (float("-inf"), float("inf")))]
-    for (low, high), name in zip(thirds([one.length for one in pooled]), ("short", "middle", "long"), strict=True):
-        figures.append(
-            histogram(compared, f"{name} answers, {bounds_in_words(low, high, compared.unit)}", edges, (low, high))
-        )
-    return [figure for figure in figures if figure.traces]
+    parts = zip(("short", "middle", "long"), thirds([one.length for one in pooled]), strict=True)
+    by_length = [
+        histogram(compared, f"{name} answers, {bounds_in_words(*ends, compared.unit)}", edges, ends)
+        for name, ends in parts
+    ]
+    drawn = [figure for figure in by_length if figure.traces]
+    whole = histogram(compared, "all answers", edges, (float("-inf"), float("inf")))
+    return [whole, *drawn] if len(drawn) > 1 else [whole]
 
 
 def histogram(compared: Compared, note: str, edges: Sequence[float], lengths: tuple[float, float]) -> Figure:
