@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.report.records import record
@@ -239,6 +239,34 @@ def test_rollouts_are_read_too():
     assert [text["source"] for text in reading({}, [run])["texts"]] == ["rollout 2"]
     with pytest.raises(ValueError, match=r"rollouts.jsonl of run, row 1: answers"):
         texts_of(record(rollouts=[{"answers": 3}]))
+
+
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.just(10**400),
+    lambda i: st.lists(i, max_size=3) | st.dictionaries(st.sampled_from(["text", "role", "reward", "content"]), i),
+    max_leaves=4,
+)
+ANSWER = st.fixed_dictionaries({"text": st.text(max_size=9)}, optional=dict.fromkeys(("gold", "reward", "kl"), VALUE))
+ROW = st.fixed_dictionaries(
+    {"prompt": st.text(max_size=3) | VALUE, "response": st.text(max_size=9) | VALUE},
+    optional={
+        "step": st.integers(0, 3) | VALUE,
+        "reward": VALUE,
+        "answers": st.lists(ANSWER, max_size=3) | st.dictionaries(st.text(max_size=5), ANSWER | VALUE) | VALUE,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(ROW, max_size=4), st.lists(ROW, max_size=3))
+def test_rows_of_any_kind_are_texts_or_one_error(samples: list[dict[str, Any]], rollouts: list[dict[str, Any]]):
+    try:
+        found = reading({}, [record(samples=samples, rollouts=rollouts)])
+    except ValueError as error:
+        assert "samples.jsonl of run, row " in str(error) or "rollouts.jsonl of run, row " in str(error)
+    else:
+        assert all(sorted(order["indices"]) == list(range(len(found["texts"]))) for order in found["orders"])
+        json.dumps(found, allow_nan=False)
 
 
 def test_an_empty_conversation_is_an_empty_prompt():

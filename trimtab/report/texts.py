@@ -369,7 +369,8 @@ def prompt_text(prompt: Any) -> str:
     """A prompt as text: a string as it stands, a conversation with its roles. ValueError for anything else."""
     if isinstance(prompt, str):
         return prompt
-    messages = prompt if isinstance(prompt, list) else [None]
-    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages):
-        raise ValueError("its prompt is neither a text nor a list of messages with role and content")
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    if isinstance(prompt, list) and all(
+        isinstance(one, Mapping) and {"role", "content"} <= one.keys() for one in prompt
+    ):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    raise ValueError("its prompt is neither a text nor a list of messages with role and content")
