@@ -20,14 +20,14 @@ from trimtab.tracking import GROUPS, SINKS, SinkName, open_sink, values_of
 PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
 FEEDBACK = [{"prompt": f"Say {i}.", "completion": f"yes {i}", "label": i % 2 == 0} for i in range(8)]
 OFFLINE = ["--batch-size", "4", "--lr", "0.01"]
-ONLINE = ["--prompts-per-step", "2", "--max-new-tokens", "4", "--reward", "length"]
+ONLINE = ["--prompts-per-step", "2", "--max-new-tokens", "16", "--reward", "length"]
 COMMANDS = {
     "sft": (PAIRS, OFFLINE),
     "reward": (PAIRS, OFFLINE),
     "dpo": (PAIRS, OFFLINE),
     "kto": (FEEDBACK, OFFLINE),
     "rloo": (PAIRS, ONLINE),
-    "online-dpo": (PAIRS, ONLINE),
+    "online-dpo": (PAIRS, [*ONLINE[:-2], "--judge", "rule:length"]),
     "raft": (PAIRS, ONLINE),
 }
 
@@ -67,30 +67,38 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run."""
-    events = accumulated(run)
-    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """The figures that TensorBoard shows of a run."""
+    return {tag: [(step, value.item()) for step, value in series] for tag, series in shown(run, "scalars").items()}
 
 
 def texts(run: Path) -> dict[str, list[tuple[int, str]]]:
-    events = accumulated(run)
-    tags = [tag for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")]
-    shown = {tag.removesuffix("/text_summary"): events.Tensors(tag) for tag in tags}
-    return {tag: [(one.step, one.tensor_proto.string_val[0].decode()) for one in some] for tag, some in shown.items()}
+    """The texts that TensorBoard shows of a run."""
+    found = shown(run, "text").items()
+    return {
+        tag.removesuffix("/text_summary"): [(step, value.item().decode()) for step, value in some]
+        for tag, some in found
+    }
 
 
-def accumulated(run: Path) -> Any:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
-    return events.Reload()
+def shown(run: Path, plugin: str) -> dict[str, list[tuple[int, Any]]]:
+    """What one part of TensorBoard reads from a run's event files, with the class that its server reads them by."""
+    folder = "tensorboard.backend.event_processing"
+    reader = pytest.importorskip(f"{folder}.plugin_event_accumulator")
+    every = reader.EventAccumulator(str(run / "tensorboard"), tensor_size_guidance={plugin: 0}).Reload()
+    values = pytest.importorskip("tensorboard.util.tensor_util")
+    return {
+        tag: [(one.step, values.make_ndarray(one.tensor_proto)) for one in every.Tensors(tag)]
+        for tag in every.Tags()["tensors"]
+        if every.SummaryMetadata(tag).plugin_data.plugin_name == plugin
+    }
 
 
 def assert_shows_the_files(run: Path) -> None:
-    shown, written = scalars(run), expected(run)
-    assert shown.keys() == written.keys() and {"train/loss", "eval/accuracy"} <= shown.keys()
+    found, written = scalars(run), expected(run)
+    assert found.keys() == written.keys() and {"train/loss", "eval/accuracy"} <= found.keys()
     for name, series in written.items():
-        assert [step for step, _ in shown[name]] == [step for step, _ in series], name
-        assert [value for _, value in shown[name]] == pytest.approx([value for _, value in series], rel=1e-6), name
+        assert [step for step, _ in found[name]] == [step for step, _ in series], name
+        assert [value for _, value in found[name]] == pytest.approx([value for _, value in series], rel=1e-6), name
 
 
 def test_tensorboard_shows_what_the_files_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,11 +107,11 @@ def test_tensorboard_shows_what_the_files_say(tmp_path: Path, capsys: pytest.Cap
     run = tmp_path / "run"
     assert_shows_the_files(run)
     assert len(scalars(run)["train/loss"]) == 4 and len(scalars(run)["eval/loss"]) == 3
-    shown = texts(run)
-    assert [step for step, _ in shown["samples/1"]] == [step for step, _ in shown["samples/2"]] == [0, 4]
+    found = texts(run)
+    assert [step for step, _ in found["samples/1"]] == [step for step, _ in found["samples/2"]] == [0, 4]
     first = rows(run / "samples.jsonl")[0]
-    assert first["prompt"] in shown["samples/1"][0][1] and "    -->" in shown["samples/1"][0][1]
-    [(_, config)] = shown["config"]
+    assert first["prompt"] in found["samples/1"][0][1] and "    -->" in found["samples/1"][0][1]
+    [(_, config)] = found["config"]
     assert '"command": "dpo"' in config
     assert "--track" not in capsys.readouterr().err
 
@@ -111,7 +119,7 @@ def test_tensorboard_shows_what_the_files_say(tmp_path: Path, capsys: pytest.Cap
 def test_tensorboard_goes_on_without_doubled_steps(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     assert train(tmp_path, "--track", "tensorboard", steps=6) == 0
-    assert train(tmp_path, "--track", "tensorboard", "--resume-from", "step-00000002", steps=6) == 0
+    assert train(tmp_path, "--track", "tensorboard", "--resume-from", "step-00000004", steps=6) == 0
     run = tmp_path / "run"
     assert len(list((run / "tensorboard").iterdir())) == 2
     assert_shows_the_files(run)
@@ -205,7 +213,7 @@ def test_a_service_goes_on_with_the_same_run(service: tuple[str, Service], tmp_p
     name, told = service
     assert train(tmp_path, "--track", name, steps=6) == 0
     before = [*told.logged]
-    assert train(tmp_path, "--track", name, "--resume-from", "step-00000002", steps=6) == 0
+    assert train(tmp_path, "--track", name, "--resume-from", "step-00000004", steps=6) == 0
     assert told.logged == before  # it has all of it: on a CPU the same steps have the same figures
     first, again = told.opened
     assert first["id"] == again["id"] and again["config"] is None

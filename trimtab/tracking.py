@@ -72,8 +72,8 @@ def tensorboard(place: Place) -> Iterator[Send]:
     """Event files in RUN/tensorboard. What they hold of later steps than the run is at no longer counts."""
     from torch.utils.tensorboard import SummaryWriter
 
-    goes_on = place.config is None
-    with SummaryWriter(str(place.directory / "tensorboard"), purge_step=place.step + 1 if goes_on else None) as writer:
+    # At the first opening, too: TensorBoard takes the first mark for a beginning and forgets at the later ones.
+    with SummaryWriter(str(place.directory / "tensorboard"), purge_step=place.step + 1) as writer:
 
         def send(step: int, values: Mapping[str, float | str]) -> None:
             for name, value in values.items():
