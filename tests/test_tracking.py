@@ -288,7 +288,7 @@ def test_every_training_command_tracks(command: str, tmp_path: Path, monkeypatch
     put_in_place(second, "trackio", monkeypatch)
     assert train(tmp_path, "--track", "wandb", "trackio", command=command, steps=2) == 0
     assert first.series == second.series == expected(tmp_path / "run")
-    assert [step for step, _ in first.series["train/loss"]] == [1, 2]
+    assert first.series["train/loss"][0][0] == 1
 
 
 # ---- Around them
