@@ -150,16 +150,23 @@ def _measured(entries: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, 
 
 
 def _best_of_n(methods: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str, Any]]) -> list[Trace]:
-    """One curve over n: through the frontier's estimates where there are any, else from the start model (n = 1)."""
+    """A curve over n for each way to choose: through the frontier's estimates, else from the start model (n = 1)."""
     family = [entry for entry in methods if is_best_of(entry["method"])]
-    if not family and not estimates:
-        return []
-    begin = [entry for entry in methods if entry["method"] == START]
-    curve = sorted(estimates or begin + family, key=lambda entry: interval(entry, "kl") or ())
-    trace = _points(curve, "Best-of-n", color="c1") | {"text": [_n_label(entry) for entry in curve]}
+    if not estimates:
+        begin = [entry for entry in methods if entry["method"] == START]
+        return [_over_n("best-of-n", begin + family)] if family else []
+    by_method = groupby(sorted(estimates, key=lambda entry: entry["method"]), key=lambda entry: entry["method"])
+    curves = [_over_n(method, list(entries)) for method, entries in by_method]
+    return curves + [_points([entry], "") for entry in family]
+
+
+def _over_n(method: str, entries: Sequence[Mapping[str, Any]]) -> Trace:
+    """One curve over n; dotted where answers were not chosen by the proxy."""
+    curve = sorted(entries, key=lambda entry: interval(entry, "kl") or ())
+    trace = _points(curve, method_name(method), color="c1") | {"text": [_n_label(entry) for entry in curve]}
     drawn = {"mode": "lines+markers+text", "textposition": "bottom right", "showlegend": True}
-    unlabelled = [_points([entry], "") for entry in family] if estimates else []
-    return [trace | drawn | {"line": {"color": "c1", "width": 2}}, *unlabelled]
+    dash = "solid" if method == "best-of-n" else "dot"
+    return trace | drawn | {"line": {"color": "c1", "width": 2, "dash": dash}}
 
 
 def _n_label(entry: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from trimtab.report.read import RunRecord, read_run
 from trimtab.report.summary import START, Interval, interval, method_color, method_name
 from trimtab.report.words import plain, signed, training_verdict, verdict
 
-SHOWN_ELSEWHERE = {"methods", "texts", "commands", "frontier"}
+SHOWN_ELSEWHERE = {"methods", "texts", "commands", "frontier", "notes"}
 """Keys of a summary that the page shows as tables, figures and texts; all others are listed among the facts."""
 
 STRIP_WIDTH, STRIP_HEIGHT = 130, 18

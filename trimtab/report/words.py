@@ -24,7 +24,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     sentences = [_gain_sentence(entry, start) for entry in ranked]
     sentences += _equal_kl_sentences(summary, start)
     sentences += [_gaming_sentence(entry) for entry in ranked if _is_gamed(entry, start)]
-    return sentences + _reward_model_sentences(summary)
+    return [*sentences, *_reward_model_sentences(summary), *map(str, summary.get("notes") or ())]
 
 
 def _family_once(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
