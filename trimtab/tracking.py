@@ -6,7 +6,7 @@ before its first step, but one that fails later is told once, what it misses is 
 `RUN/tracking/SINK.json` says under which name the sink knows the run and up to which step it was sent what. A run that
 is resumed goes on under that name and sends nothing twice.
 
-TensorBoard was tried for real. trackio and wandb are called as their documentation says (trackio 0.43, wandb 0.23) and
+TensorBoard was tried for real. trackio and wandb are called as their documentation says (of the autumn of 2026) and
 tested with stand-ins; against their services they were not run.
 """
 
