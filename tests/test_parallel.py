@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,17 @@ def test_a_resumed_run_is_the_unbroken_one_on_as_many_ranks_and_on_one() -> None
     assert [[one["ranks"], one["resumed"][0]["ranks"]] for one in ranks] == [[2, 2], [2, 1]]
 
 
-def started(command: Sequence[str], log: str = "told") -> subprocess.Popen[bytes]:
-    """A command that begins, as in a terminal of its own; what it says goes into a file."""
+@contextmanager
+def started(*command: str, log: str = "told") -> Iterator[subprocess.Popen[bytes]]:
+    """A Python command while it runs, as in a terminal of its own; what it says goes into a file."""
     with Path(log).open("w") as told:
-        return subprocess.Popen(command, stdout=told, stderr=told, start_new_session=True)
+        launcher = subprocess.Popen([sys.executable, *command], stdout=told, stderr=told, start_new_session=True)
+    try:
+        yield launcher
+    finally:
+        for process in workers_of(launcher) if launcher.poll() is None else ():
+            os.kill(process, signal.SIGKILL)
+        launcher.kill()
 
 
 def wait_for_steps(launcher: subprocess.Popen[bytes], run: Path, steps: int = 1) -> None:
@@ -281,18 +289,6 @@ def resumes(run: Path) -> list[Any]:
     return json.loads((run / "environment.json").read_text()).get("resumed", [])
 
 
-def ended(launcher: subprocess.Popen[bytes]) -> int:
-    """The exit status of a command that ends soon; one that does not is killed with all its ranks."""
-    try:
-        return launcher.wait(120)
-    except subprocess.TimeoutExpired:
-        for process in workers_of(launcher):
-            os.kill(process, signal.SIGKILL)
-        raise
-    finally:
-        launcher.kill()
-
-
 TRIMTAB, TORCHRUN = ["-m", "trimtab"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STOPPED = {
     "SIGTERM": ([*TRIMTAB, "sft", "--nproc", "2"], lambda launcher: launcher.terminate(), 143),
@@ -312,10 +308,10 @@ SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in STOPPED if name
 def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on(how: str) -> None:
     flags = [*COMMON, *CASES["sft"][1], "--steps", "40", "--lr", "1e-5", "--out", "run"]
     command, ask, status = STOPPED[how]
-    launcher = started([sys.executable, *command, *flags])
-    wait_for_steps(launcher, Path("run"))
-    ask(launcher)
-    assert ended(launcher) == (status or launcher.returncode) != 0
+    with started(*command, *flags) as launcher:
+        wait_for_steps(launcher, Path("run"))
+        ask(launcher)
+        assert launcher.wait(120) == (status or launcher.returncode) != 0
     said, steps = Path("told").read_text(), len(lines_of(Path("run"), "metrics"))
     assert said.count("trimtab: stopped after step") == 1 and f"stopped after step {steps} of 40, as asked" in said
     assert "Traceback" not in said or status is None, "torchrun shows one of its own"
@@ -378,12 +374,10 @@ KILLED = {
 def test_a_rank_that_is_killed_ends_the_others(kind: str) -> None:
     name, given = KILLED[kind]
     flags = [*COMMON, *given, "--steps", "100000", "--out", "run", "--nproc", "2"]
-    launcher = started([sys.executable, *TRIMTAB, name, *flags])
-    wait_for_steps(launcher, Path("run"))
-    began = time.monotonic()
-    os.kill(workers_of(launcher)[-1], signal.SIGKILL)
-    assert ended(launcher) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
-    assert time.monotonic() - began < 30
+    with started(*TRIMTAB, name, *flags) as launcher:
+        wait_for_steps(launcher, Path("run"))
+        os.kill(workers_of(launcher)[-1], signal.SIGKILL)
+        assert launcher.wait(30) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
     assert Path("told").read_text().splitlines()[-1].startswith("trimtab: rank ")
 
 
@@ -391,14 +385,13 @@ def test_a_rank_that_is_killed_ends_the_others(kind: str) -> None:
 def test_torchrun_starts_ranks_again_after_one_was_killed_and_they_go_on() -> None:
     flags = [*COMMON, *CASES["dpo"][1], "--steps", "60", "--save-every", "4", "--keep-last", "2"]
     on_ranks([("dpo", [*flags, "--out", "unbroken"])])
-    launcher = started(
-        [sys.executable, *TORCHRUN, "--max-restarts", "2", *TRIMTAB, "dpo", *flags, "--out", "run", "--resume"]
-    )
-    for kills, steps in enumerate((9, 31), 1):
-        wait_for_steps(launcher, Path("run"), steps)
-        os.kill(workers_of(launcher)[kills % 2], signal.SIGKILL)
-        wait_for_start(launcher, Path("run"), kills)
-    assert ended(launcher) == 0, Path("told").read_text()[-4000:]
+    command = [*TORCHRUN, "--max-restarts", "2", *TRIMTAB, "dpo", *flags, "--out", "run", "--resume"]
+    with started(*command) as launcher:
+        for kills, steps in enumerate((9, 31), 1):
+            wait_for_steps(launcher, Path("run"), steps)
+            os.kill(workers_of(launcher)[kills % 2], signal.SIGKILL)
+            wait_for_start(launcher, Path("run"), kills)
+        assert launcher.wait(120) == 0, Path("told").read_text()[-4000:]
     assert len(resumes(Path("run"))) == 2 and [row["step"] for row in lines_of(Path("run"), "metrics")][-1] == 60
     compare(Path("unbroken"), Path("run"), near=1e-6)
 
