@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 from tests.on_ranks import run
 from trimtab import parallel
@@ -93,6 +95,8 @@ APART: dict[str, tuple[str, list[str]]] = {
     "adapter": ("rloo", ["--lora-rank", "4"]),
 }
 WHOLE_ONLY = {"demonstrations beside": ("rloo", [*ONLINE, "--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"])}
+PATIENCE = 300
+"""Seconds for anything that is waited for; a loaded machine may need many times what it takes alone."""
 NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second"}
 
 
@@ -261,11 +265,12 @@ def started(*command: str, log: str = "told") -> Iterator[subprocess.Popen[bytes
         for process in workers_of(launcher) if launcher.poll() is None else ():
             os.kill(process, signal.SIGKILL)
         launcher.kill()
+        launcher.wait()
 
 
 def wait_for_steps(launcher: subprocess.Popen[bytes], run: Path, steps: int = 1) -> None:
     """Until a run has taken some steps, or has ended."""
-    metrics, until = run / "metrics.jsonl", time.monotonic() + 120
+    metrics, until = run / "metrics.jsonl", time.monotonic() + PATIENCE
     while launcher.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
         assert time.monotonic() < until, "the run does not begin"
         time.sleep(0.02)
@@ -278,7 +283,7 @@ def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 def wait_for_start(launcher: subprocess.Popen[bytes], run: Path, times: int) -> None:
     """Until a run has been gone on with so many times."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while launcher.poll() is None and len(resumes(run)) < times:
         assert time.monotonic() < until, "the run is not gone on with"
         time.sleep(0.02)
@@ -311,7 +316,7 @@ def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on(how
     with started(*command, *flags) as launcher:
         wait_for_steps(launcher, Path("run"))
         ask(launcher)
-        assert launcher.wait(120) == (status or launcher.returncode) != 0
+        assert launcher.wait(PATIENCE) == (status or launcher.returncode) != 0
     said, steps = Path("told").read_text(), len(lines_of(Path("run"), "metrics"))
     assert said.count("trimtab: stopped after step") == 1 and f"stopped after step {steps} of 40, as asked" in said
     assert "Traceback" not in said or status is None, "torchrun shows one of its own"
@@ -391,7 +396,7 @@ def test_torchrun_starts_ranks_again_after_one_was_killed_and_they_go_on() -> No
             wait_for_steps(launcher, Path("run"), steps)
             os.kill(workers_of(launcher)[kills % 2], signal.SIGKILL)
             wait_for_start(launcher, Path("run"), kills)
-        assert launcher.wait(120) == 0, Path("told").read_text()[-4000:]
+        assert launcher.wait(PATIENCE) == 0, Path("told").read_text()[-4000:]
     assert len(resumes(Path("run"))) == 2 and [row["step"] for row in lines_of(Path("run"), "metrics")][-1] == 60
     compare(Path("unbroken"), Path("run"), near=1e-6)
 
@@ -421,6 +426,14 @@ def test_flags_that_do_not_go_with_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         run("rloo", [*COMMON, *ONLINE, "--out", "run", *flags])
+
+
+def test_processes_that_start_again_meet_under_a_new_name() -> None:
+    store = HashStore()
+    store.set("name of 1", "of one that died before it was told")
+    with ThreadPoolExecutor(3) as pool:
+        starts = [list(pool.map(lambda i: parallel.name_of_start(store, i, 3), range(3))) for _ in range(3)]
+    assert [len(set(names)) for names in starts] == [1, 1, 1] and len({names[0] for names in starts}) == 3
 
 
 # ---- Who does what

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,12 +25,15 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimtab.batches import Mean, PerToken, Tokens, pieces
@@ -86,11 +90,39 @@ def start() -> None:
                 "devices: start one for each, or set CUDA_VISIBLE_DEVICES to nothing and use processors."
             )
         torch.cuda.set_device(local)
+    store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(name_of_start(store, number, count), store)
     # Both, so that small things are exchanged without the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     if not is_first():
         console.quiet = True
         warnings.simplefilter("ignore")
+
+
+def name_of_start(store: Store, number: int, count: int) -> str:
+    """A name for this start of `count` processes that all of them know, of which this is the one with this number.
+
+    torchrun keeps what was stored by processes that it has started before, and who finds that waits for the dead. So
+    each process asks the first one, under a name of its own.
+    """
+    own = uuid4().hex
+    if not number:
+        for other in range(1, count):
+            tell_name(store, own, other)
+        return own
+    store.set(f"name of {number}", own)
+    name = store.get(f"start of {own}").decode()
+    store.set(f"{name} known to {number}", "")
+    return name
+
+
+def tell_name(store: Store, name: str, other: int) -> None:
+    """Tell another process the name of this start, under any name that it has or had, until it knows."""
+    while not store.check([f"{name} known to {other}"]):
+        if store.check([f"name of {other}"]):
+            store.set(f"start of {store.get(f'name of {other}').decode()}", name)
+        time.sleep(0.02)
 
 
 def finish() -> None:
