@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import pytest
@@ -91,6 +92,7 @@ LONGER: dict[str, tuple[str, list[str]]] = {
 }
 APART: dict[str, tuple[str, list[str]]] = {
     "rloo": ("rloo", ["--eval-data", "prompts.jsonl"]),
+    # The second rank has no answer to write, and takes part in the passes of the first.
     "one prompt": ("raft", ["--prompts-per-step", "1", "--max-new-tokens", "9", "--batch-rows", "3"]),
     "adapter": ("rloo", ["--lora-rank", "4"]),
 }
@@ -182,9 +184,9 @@ def test_two_ranks_give_what_one_gives() -> None:
     assert [one["ranks"] for one in told] == [2, 2] and "split" in told[0]["shard"] and "copy" in told[1]["shard"]
 
 
-def test_where_the_policy_cannot_be_put_together_ranks_draw_the_same_with_split_weights() -> None:
-    # One prompt leaves the second rank without an answer to write: it takes part in the passes of the first.
-    cases = {name: (command, [*ONLINE, *flags]) for name, (command, flags) in APART.items()}
+@pytest.mark.parametrize("names", [["rloo", "one prompt"], pytest.param(["adapter"], marks=pytest.mark.slow)])
+def test_where_the_policy_cannot_be_put_together_ranks_draw_the_same_with_split_weights(names: list[str]) -> None:
+    cases = {name: (command, [*ONLINE, *flags]) for name, (command, flags) in APART.items() if name in names}
     said = on_ranks(
         [(command, [*COMMON, *given, "--out", f"many/{name}"]) for name, (command, given) in cases.items()], room=False
     )
@@ -384,6 +386,30 @@ def test_a_rank_that_is_killed_ends_the_others(kind: str) -> None:
         os.kill(workers_of(launcher)[-1], signal.SIGKILL)
         assert launcher.wait(30) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
     assert Path("told").read_text().splitlines()[-1].startswith("trimtab: rank ")
+
+
+def node(port: int) -> list[str]:
+    """torchrun on one of two nodes, this machine being both."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    return ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", *meeting]
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_after_a_rank_of_one_was_killed() -> None:
+    flags = [*COMMON, *CASES["dpo"][1], "--steps", "40", "--save-every", "4", "--keep-last", "2"]
+    run("dpo", [*flags, "--out", "one"])
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*node(port), *TRIMTAB, "dpo", *flags, "--out", "run", "--resume"]
+    with started(*command) as first, started(*command, log="said") as second:
+        wait_for_steps(first, Path("run"), 9)
+        os.kill(workers_of(second)[0], signal.SIGKILL)
+        wait_for_start(first, Path("run"), 1)
+        told = "".join(Path(name).read_text()[-4000:] for name in ("told", "said"))
+        assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (0, 0), told
+    assert len(resumes(Path("run"))) == 1
+    compare(Path("one"), Path("run"))
 
 
 @pytest.mark.slow
