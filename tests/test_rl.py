@@ -101,6 +101,10 @@ def test_what_held_out_answers_scored_is_written_down(prompts: str, tmp_path: Pa
         assert fmean(map(fmean, row["lengths"])) == pytest.approx(figures["length"])
         for name in ("kl", "length", "distinct"):
             assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
+    samples = rows_of(out, "samples")
+    assert [row["step"] for row in samples] == [0, 1, 2, 3]
+    assert [row["reward"] for row in samples] == [len(row["response"]) for row in samples]
+    assert samples[0]["kl"] == 0 and samples[-1]["kl"] > 0
     facts = json.loads((out / "data.json").read_text())["eval"]["facts"]
     assert (facts["kind"], facts["records"], facts["shared_rows"]["count"]) == ("Prompt", 3, 3)
     page = (out / "report.html").read_text()

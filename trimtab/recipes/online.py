@@ -14,7 +14,7 @@ from trimtab.batches import batch_indices
 from trimtab.checkpoint import Stateful
 from trimtab.critic import values_before
 from trimtab.evals.diversity import distinct_per_input
-from trimtab.evals.drift import drift
+from trimtab.evals.drift import drift_of, kl_per_token
 from trimtab.evals.intervals import Estimate, bootstrap_mean
 from trimtab.learner import Learner
 from trimtab.models import FrozenPolicy, Policy, ScalarModel
@@ -237,7 +237,8 @@ def evaluation(
 ) -> Callable[[int], dict[str, float]] | None:
     """The measure, exact KL, length and diversity on held-out prompts, by the same uniform numbers each time.
 
-    What every answer scored goes into scores.jsonl. None without prompts.
+    What every answer scored goes into scores.jsonl, the first answers to a few prompts into samples.jsonl. None without
+    prompts.
     """
     settings = settings_of(config.sampling)
     if prompts is None:
@@ -245,9 +246,14 @@ def evaluation(
 
     def evaluate(step: int) -> dict[str, float]:
         samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
-        moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
+        kl = kl_per_token(policy, reference, samples, config.steps.micro_batch_rows)
+        moved = drift_of(kl, samples, seed=0)
         values, texts = measure.of(samples), in_groups(samples.texts, samples.n)
         run.append("scores.jsonl", {"step": step, **scores_of(samples, measure.name, values)})
+        for row in range(0, min(config.run.samples, len(prompts)) * samples.n, samples.n):
+            beside = {"kl": kl[row].sum().item(), measure.name: values[row]}
+            asked, said = samples.row_prompts[row].text, samples.texts[row]
+            run.append("samples.jsonl", {"step": step, "prompt": asked, "response": said, **beside})
         figures = measure.mean(values, samples.n, config.run.seed)
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))

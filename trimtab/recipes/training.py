@@ -437,7 +437,11 @@ def train_online(
     safety: Safety,
     finish: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train for as long as there are batches, at most `--steps`; save the model, and say where it is."""
+    """Train for as long as there are batches, at most `--steps`; save the model, and say where it is.
+
+    Evaluations write samples down themselves; `prompts` are sampled where there are none.
+    """
+    prompts = [] if evaluate else prompts
     if not run.step:
         write_samples(run, policy, prompts, config, step=0)
     run.train(
