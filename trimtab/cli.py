@@ -57,6 +57,7 @@ COMMANDS = {
     "raft": Command("raft", "Raft", "raft", "expert iteration: imitate the best of fresh answers", on_many=True),
     "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
+    "chat": Command("chat", "Chat", "chat", "talk to a model in the terminal, or to two side by side"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
     "evaluate reward": Command(
         "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs, RewardBench"
@@ -95,6 +96,7 @@ COMMANDS = {
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
     "plan": Command("plan", "Plan", "plan", "what training a model takes on some devices, and what fits"),
     "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),
+    "watch": Command("watch", "Watch", "watch", "the same page in a browser, live while runs go on"),
 }
 
 USAGE_ERROR = 2

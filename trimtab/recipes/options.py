@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.tracking import SinkName, check_sinks
 from trimtab.untrusted import read_json_object, read_yaml_mapping
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -132,6 +133,8 @@ class RunOptions:
     """Go on from this checkpoint of the run instead, such as step-00000100."""
     overwrite: bool = False
     """Replace a run directory that exists."""
+    track: tuple[SinkName, ...] = ()
+    """Also send figures and samples there: tensorboard (RUN/tensorboard), trackio, wandb; several are possible."""
     shard: Literal["full", "none"] | None = None
     """Of several processes (--nproc N, torchrun): split weights over them (full) or give each a copy; full if unset."""
 
@@ -156,6 +159,7 @@ def check_options(config: Any) -> None:
     check_out(config.run)
     check_unfinished(config)
     check_inputs(config)
+    check_sinks(config.run.track)
     if not -(2**63) <= config.run.seed < 2**63:
         raise ValueError(f"--seed {config.run.seed}: a number of at most 63 bits is needed.")
     if config.run.eval_every and config.data.eval_data is None:
