@@ -74,7 +74,15 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index that leads out": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b.safetensors"}}'),
-        "expected the name of a file beside it",
+        "expected for every tensor the name of a .safetensors file beside it",
+    ),
+    "an index that is a list": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        "weight_map: found ['model.safetensors'], expected",
+    ),
+    "an index of folders": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}'),
+        "weight_map: found '..', expected",
     ),
     "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "could not be loaded"),
     "tokenizer of another shape": (lambda f: (f / "tokenizer.json").write_text('{"model": 1}'), "could not be loaded"),
