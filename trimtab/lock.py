@@ -8,10 +8,10 @@ not a run's: a process that asks again has it already, until `released` ends.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,9 @@ from pathlib import Path
 
 from trimtab.progress import console
 from trimtab.untrusted import printable
+
+if sys.platform != "win32":  # where nothing is kept apart
+    import fcntl
 
 LOCK = ".lock"
 MOST_BYTES = 200
@@ -43,7 +46,7 @@ def lock(directory: Path) -> None:
     BlockingIOError that names the process that writes there; a line of warning on a file system without locks.
     """
     here = directory.resolve()
-    if here in _held:
+    if here in _held or sys.platform == "win32":
         return
     file = open_lock(here / LOCK, os.O_RDWR | os.O_CREAT)
     try:
@@ -60,7 +63,7 @@ def lock(directory: Path) -> None:
 
 def check_unlocked(directory: Path) -> None:
     """BlockingIOError, as of `lock`, if another process writes to a run directory now. Nothing is touched."""
-    if directory.resolve() in _held or not (directory / LOCK).exists():
+    if sys.platform == "win32" or directory.resolve() in _held or not (directory / LOCK).exists():
         return
     file = open_lock(directory / LOCK, os.O_RDONLY)
     try:
@@ -71,6 +74,7 @@ def check_unlocked(directory: Path) -> None:
 
 def open_lock(path: Path, how: int) -> int:
     """The lock's file, opened: no link is followed, no pipe waited for, and programs that we start do not get it."""
+    assert sys.platform != "win32"
     file = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -80,6 +84,7 @@ def open_lock(path: Path, how: int) -> int:
 
 def acquire(file: int, kind: int, directory: Path) -> bool:
     """Lock an open file; False where there are no locks. BlockingIOError that names who has it."""
+    assert sys.platform != "win32"
     for left in reversed(range(TRIES)):
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
