@@ -6,19 +6,26 @@ What a target reads ends in a result or in the one kind of error that is told to
 libFuzzer leaves the bytes that led to it in a file `crash-...`.
 """
 
+import gzip
+import io
+import json
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import atheris
+import pyarrow.parquet
+import safetensors.torch
+import torch
 
-with atheris.instrument_imports(include=["trimtab.data", "trimtab.untrusted", "trimtab.report.read", "yaml", "json"]):
+with atheris.instrument_imports(include=["trimtab.data", "trimtab.untrusted", "trimtab.report.read"]):
     from trimtab import data
     from trimtab.report.read import read_run
     from trimtab.untrusted import parse_json, read_yaml_mapping
 with atheris.instrument_imports(include=["trimtab.checkpoint", "trimtab.model_files"]):
     from trimtab.checkpoint import MANIFEST, verify
+    from trimtab.checkpoint import manifest as checkpoint_manifest
     from trimtab.model_files import check_files, tensor_names
 
 from trimtab.records import Demonstration, Feedback, Preference, Prompt, Ranking
@@ -105,12 +112,43 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
+ROW = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c", "completion": "d", "label": True}
+
+
+def parquet_file() -> bytes:
+    """A row as a parquet file."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW]), buffer)
+    return buffer.getvalue()
+
+
+def seeds() -> dict[str, bytes]:
+    """Something whole to begin with, for every target."""
+    line, weights = json.dumps(ROW).encode() + b"\n", safetensors.torch.save({"a": torch.zeros(2)})
+    files = (b"command: sft\nsteps: 3\n", b'{"seed": 0}', b'{"step": 1, "loss": 0.5}\n', line, line, line)
+    return {
+        "jsonl": b"\2" + line,
+        "json": b"\2[" + line + b"]",
+        "csv": b'\2prompt,chosen,rejected\n"a, b",c,d\n',
+        "parquet": b"\2" + parquet_file(),
+        "jsonl.gz": b"\2" + gzip.compress(line),
+        "json-value": line,
+        "settings": b"model: tiny\nsteps: 3\nreward: [a, b]\nlr: 1.0e-5\n",
+        "run": b"\0".join(files),
+        "manifest": checkpoint_manifest(3, {"state/values.json": {"bytes": 2, "sha256": "0" * 64}}).encode(),
+        "model": b'{"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}\0' + weights,
+    }
+
+
 def fuzz() -> None:
     """Fuzz the target that the first word names; the others are libFuzzer's."""
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"give one of {', '.join(TARGETS)}")
-    target = TARGETS[sys.argv.pop(1)]
-    atheris.Setup(sys.argv, target)
+    name = sys.argv.pop(1)
+    corpus = FOLDER / "corpus"
+    corpus.mkdir()
+    (corpus / "seed").write_bytes(seeds()[name])
+    atheris.Setup([*sys.argv, str(corpus)], TARGETS[name])
     atheris.Fuzz()
 
 
