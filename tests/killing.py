@@ -120,7 +120,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def assert_same(one: Path, other: Path) -> None:
     """Two runs left the same behind, to the last bit: figures, texts, weights, and the states of all checkpoints."""
-    for name in ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "rollouts.jsonl"):
+    for name in ("metrics.jsonl", "evals.jsonl", "scores.jsonl", "samples.jsonl", "rollouts.jsonl"):
         assert rows(one / name) == rows(other / name), name
     folders = [sorted(path.name for path in (out / "checkpoints").glob("*")) for out in (one, other)]
     assert folders[0] == folders[1]

@@ -166,7 +166,7 @@ def test_a_run_repeats_to_the_last_bit(name: str, prompts: str, tmp_path: Path) 
     first = train(command, prompts, tmp_path / "first", *flags, "--eval-data", prompts, "--save-every", "2")
     again = tmp_path / "again"
     assert main([command, "--config", str(first), "--out", str(again)]) == 0
-    for file in ("evals.jsonl", "samples.jsonl", "model/model.safetensors"):
+    for file in ("evals.jsonl", "scores.jsonl", "samples.jsonl", "model/model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
     losses = [[row["loss"] for row in rows_of(run, "metrics")] for run in (first, again)]
     learned = [row["kept"] > 0 for row in rows_of(first, "rollouts")]

@@ -11,8 +11,9 @@ import torch
 
 from trimtab.batches import Tokens
 from trimtab.cli import main
-from trimtab.recipes.quickstart import Quickstart, labelled_pairs, with_sizes
+from trimtab.recipes.quickstart import Quickstart, labelled_pairs, notes, online_rewards, with_sizes
 from trimtab.records import Answer, Prompt
+from trimtab.rewards import every_score, parse_reward
 from trimtab.sampling import Samples
 
 METHODS = ["start", "best-of-16", "dpo", "rloo"]
@@ -50,29 +51,37 @@ def test_the_page_the_texts_and_the_frontier_are_there(summary: tuple[Path, dict
     points = [point for point in told["frontier"] if point["method"] == "best-of-n"]
     assert [point["n"] for point in points] == [1, 2, 4, 8, 16]
     assert points[0]["gold"] == pytest.approx(told["methods"][0]["gold"]["value"])
+    oracle = [point for point in told["frontier"] if point["method"] == "best-of-n by gold"]
+    assert [point["n"] for point in oracle] == [1, 2, 4, 8, 16] and oracle[0]["gold"] == pytest.approx(
+        points[0]["gold"]
+    )
+    assert all(best["gold"] >= by_proxy["gold"] for best, by_proxy in zip(oracle, points, strict=True))
     for name in ("dpo", "rloo"):
         path = [point for point in told["frontier"] if point["method"] == name]
         assert [point["step"] is None for point in path] == [False, True] and path[1]["kl"] > path[0]["kl"] > 0
     assert "RLOO, step by step" in page and "At equal KL" in page and "quickstart/rloo" in page
 
 
-def test_the_reward_of_rl_is_the_demos_own_reward_model(summary: tuple[Path, dict]) -> None:
+def test_rl_is_rewarded_with_gold_itself_and_the_page_says_so(summary: tuple[Path, dict]) -> None:
     out, told = summary
     rollouts = [json.loads(line) for line in (out / "rloo" / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 6 and len(rollouts[0]["answers"]) == 4
-    flags = ["--reward", str(out / "reward"), "--overwrite"]
-    scored = out.parent / "scored.jsonl"
-    answers = [
-        {"prompt": [{"role": "user", "content": rollouts[0]["prompt"]}], "completion": a["text"], "finished": False}
-        for a in rollouts[0]["answers"]
-    ]
-    (out.parent / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-    assert main(["score", *flags, "--data", str(out.parent / "answers.jsonl"), "--out", str(scored)]) == 0
     asked = {json.loads(line)["prompt"][0]["content"] for line in (out / "prompts.jsonl").read_text().splitlines()}
     assert len(asked) == 12 and {rollout["prompt"] for rollout in rollouts} <= asked
-    again = [json.loads(line)["reward"] for line in scored.read_text().splitlines()]
-    assert again == pytest.approx([a["reward"] for a in rollouts[0]["answers"]], abs=0.02)
+    gold = parse_reward("sentiment")
+    for rollout in rollouts:
+        texts = [Answer(answer["text"]) for answer in rollout["answers"]]
+        again = every_score(gold, [Prompt.from_text(rollout["prompt"])] * len(texts), texts)
+        assert [answer["reward"] for answer in rollout["answers"]] == pytest.approx(again)
     assert any("trimtab rl --algorithm rloo" in command for command in told["commands"])
+    assert "RLOO trained on the gold reward itself" in (out / "report.html").read_text()
+
+
+def test_rl_may_have_the_reward_model_instead(tmp_path: Path) -> None:
+    assert online_rewards(tmp_path, Quickstart()) == ("sentiment",)
+    assert online_rewards(tmp_path, Quickstart(rl_reward="proxy")) == (str(tmp_path / "reward"),)
+    assert "the reward model; DPO" in notes(Quickstart(rl_reward="proxy"))[0]
+    assert notes(Quickstart(methods=("dpo",))) == []
 
 
 @pytest.mark.parametrize(

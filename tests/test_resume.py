@@ -13,6 +13,7 @@ import pytest
 
 from tests.killing import assert_same, ended, killed_and_resumed, lines, rows, run, start, when
 from trimtab.cli import main
+from trimtab.recipes.training import without_names
 
 STEPS = 10
 PAIRS = [{"prompt": f"Say {i}.", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(9)]
@@ -217,3 +218,11 @@ def test_checkpoints_that_stay(finished: tuple[list[str], Path], tmp_path: Path)
     evaluated = {row["step"]: row["loss"] for row in rows(few / "evals.jsonl") if row["step"]}
     manifest = json.loads((few / "checkpoints" / "best" / "manifest.json").read_text())
     assert manifest["step"] == min(evaluated, key=lambda step: evaluated[step])
+
+
+def test_facts_about_the_same_rows_do_not_make_them_others() -> None:
+    """A run that began before `data check` was written down goes on; one whose rows have changed does not."""
+    told = {"train": {"source": "a.jsonl", "rows": 3, "tokens_sha256": "x"}}
+    known = {"train": {**told["train"], "source": "b.jsonl", "facts": {"records": 3}}}
+    assert without_names(told) == without_names(known)
+    assert without_names(told) != without_names({"train": {**told["train"], "tokens_sha256": "y"}})

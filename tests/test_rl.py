@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -80,13 +81,30 @@ def test_a_run_repeats_to_the_last_bit(name: str, prompts: str, tmp_path: Path) 
     first = run_rl("rloo", prompts, tmp_path / "first", *REPEATED[name], "--eval-data", prompts, "--save-every", "2")
     again = tmp_path / "again"
     assert main(["rl", "--config", str(first), "--out", str(again)]) == 0
-    for file in ("evals.jsonl", "samples.jsonl", "model/model.safetensors"):
+    for file in ("evals.jsonl", "scores.jsonl", "samples.jsonl", "model/model.safetensors"):
         assert (first / file).read_bytes() == (again / file).read_bytes(), file
     losses = [[row["loss"] for row in rows_of(run, "metrics")] for run in (first, again)]
     assert losses[0] == losses[1] and len(set(losses[0])) == 3
     assert [row["step"] for row in rows_of(first, "evals")] == [0, 3]
     assert (first / "checkpoints" / "step-00000002" / "model.safetensors").exists()
     assert not (first / "checkpoints" / "best").exists()
+
+
+def test_what_held_out_answers_scored_is_written_down(prompts: str, tmp_path: Path) -> None:
+    held_out = write(tmp_path / "held_out.jsonl", PROMPTS[:3])
+    out = run_rl("rloo", prompts, tmp_path / "run", "--eval-data", held_out, "--eval-every", "1")
+    evals, scores = rows_of(out, "evals"), rows_of(out, "scores")
+    assert [row["step"] for row in scores] == [row["step"] for row in evals] == [0, 1, 2, 3]
+    for figures, row in zip(evals, scores, strict=True):
+        assert row["measure"] == "reward" and [len(one) for one in row["scores"]] == [2, 2, 2]
+        assert fmean(map(fmean, row["scores"])) == pytest.approx(figures["reward"])
+        assert fmean(map(fmean, row["lengths"])) == pytest.approx(figures["length"])
+        for name in ("kl", "length", "distinct"):
+            assert figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"]
+    facts = json.loads((out / "data.json").read_text())["eval"]["facts"]
+    assert (facts["kind"], facts["records"], facts["shared_rows"]["count"]) == ("Prompt", 3, 3)
+    page = (out / "report.html").read_text()
+    assert "3 of 3 held-out rows are in the training data as well" in page and "held-out reward" in page
 
 
 def test_several_rewards_leave_their_parts(prompts: str, tmp_path: Path) -> None:

@@ -35,6 +35,18 @@ ADVICE = {
 """What to do about each sign of online RL."""
 
 
+SIGNS = {
+    "cut": "most answers were cut at the length limit",
+    "no_spread": "in most groups all answers had the same reward",
+    "empty": "all answers were empty",
+    "identical": "all answers were the same text",
+    "one_token": "most answers repeated one token",
+    "unscored": "no answer had a score",
+    "kl_runs_away": "KL jumped to several times what it was",
+}
+"""What each sign says of a rollout, for reports."""
+
+
 @dataclass
 class Health:
     """What was seen so far: how often each sign, and the KL of recent rollouts, nats per answer."""

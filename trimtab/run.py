@@ -4,9 +4,10 @@ The directory is the contract between commands:
 
     config.yaml         what to type to repeat the run (`trimtab COMMAND --config config.yaml --out OTHER`)
     environment.json    versions, commit, command line, hardware, seed, what is not deterministic
-    data.json           what was read, skipped, cut and dropped
+    data.json           what was read, skipped, cut and dropped, and what `data check` says of it
     metrics.jsonl       one object a step
     evals.jsonl         one object an evaluation
+    scores.jsonl        online methods: what every held-out answer scored, one object an evaluation
     samples.jsonl       what the policy says
     rollouts.jsonl      online RL: one object a rollout, with the answers to one of its prompts and their rewards
     checkpoints/        step-00000100/, ... and best/: models in `save_pretrained` form, and what is needed to go on

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from trimtab.report import read_run, write_report
-from trimtab.report.figures import frontier_figure, lengths_figure, run_figures, running_mean
-from trimtab.report.page import table
+from trimtab.report.figures import frontier_figure, lengths_figure, run_figures, running_mean, sampled_diversity
+from trimtab.report.page import _for_script, table
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -26,7 +27,7 @@ def make_run(directory: Path, steps: int = 3, **files: str) -> Path:
     rows = [{"step": i + 1, "loss": 0.7 - 0.1 * i, "accuracy": 0.5, "lr": 1e-5} for i in range(steps)]
     evals = [{"step": 0, "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.6}]
     contents = {
-        "config.yaml": "lr: 0.1\n",
+        "config.yaml": "command: dpo\nlr: 0.1\n",
         "environment.json": '{"seed": 7}',
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "evals.jsonl": "".join(json.dumps(row) + "\n" for row in evals),
@@ -89,7 +90,7 @@ def test_every_figure_has_a_place_and_every_place_a_figure(page: Page):
     places = [int(at["data-figure"] or "") for at in page.named("div") if "data-figure" in at]
     [figures] = [json.loads(script) for script in page.scripts if script.startswith("[{")]
     assert places == list(range(len(figures)))
-    assert [one["title"] for one in figures] == ["Reward against KL", "Length", "Loss", "Accuracy"]
+    assert [one["title"] for one in figures] == ["Accuracy", "Reward against KL", "Length", "Loss", "Accuracy"]
 
 
 def test_the_page_says_what_it_must(page: Page):
@@ -123,13 +124,14 @@ def test_hostile_text_is_text_wherever_it_stands(tmp_path: Path, hostile: str):
     summary = make_summary([{"prompt": hostile, "answers": answers}], commands=[hostile], note=hostile)
     summary["model"] = hostile
     summary["methods"].append({"method": hostile, "gold": spread(0.1), "kl": spread(1.0), "gold_gain": spread(0.4)})
-    run = make_run(tmp_path / "run", config_yaml=hostile, environment_json=json.dumps({"key": hostile}))
+    config = yaml.safe_dump({"command": "dpo", "note": hostile})
+    run = make_run(tmp_path / "run", config_yaml=config, environment_json=json.dumps({"key": hostile}))
     harmless = write_report([make_run(tmp_path / "other")], tmp_path / "harmless.html", make_summary())
     page = Page(write_report([run], tmp_path / "report.html", summary))
     assert len(page.named("script")) == len(Page(harmless).named("script"))
     assert not [at for _, at in page.elements if any(name.startswith("on") for name in at)]
     assert not page.named("img")
-    assert page.text.count(hostile) >= 6  # title, heading, prompt, two answers, command, config
+    assert page.text.count(hostile) >= 6  # title, heading, prompt, two answers, command
 
 
 def test_texts_stand_in_order_of_change(tmp_path: Path):
@@ -231,6 +233,79 @@ class TestFrontier:
     def test_without_measurements_there_is_no_figure(self):
         assert frontier_figure({"methods": [{"method": "start", "gold": {"value": None}}]}) is None
         assert lengths_figure({}) is None
+
+
+def one_of(scores: list[float]) -> dict[str, Any]:
+    return {"measure": "reward", "scores": [[score] for score in scores], "lengths": [[i] for i in range(len(scores))]}
+
+
+@pytest.fixture
+def online(tmp_path: Path) -> Page:
+    """The page of a run of online RL with everything in it, beside a run of SFT with nothing but losses."""
+    evals = [
+        {"step": step, **dict.fromkeys(("reward", "reward_low", "reward_high"), value), "kl": kl, "length": 10}
+        for step, value, kl in ((0, 1.0, 0.0), (8, 2.0, 3.0))
+    ]
+    rows = {
+        "metrics": [{"step": 1, "reward": 1.0, "kl": 0.0, "entropy": 2.0, "length": 10}],
+        "evals": evals,
+        "scores": [{"step": 0, **one_of([0.0] * 6)}, {"step": 8, **one_of([1.0] * 6)}],
+        "rollouts": [{"rollout": 1, "kl": 0.1, "health": {"cut": 1}}],
+    }
+    files = {f"{name}_jsonl": "".join(json.dumps(row) + "\n" for row in some) for name, some in rows.items()}
+    facts = {"kind": "Prompt", "records": 7, "duplicates": {"count": 2, "examples": ["</td><script>"]}}
+    made = make_run(tmp_path / "rloo", 1, config_yaml="command: rl\nkl_budget: 5\n", **files)
+    (made / "data.json").write_text(json.dumps({"train": {"facts": facts}}), encoding="utf-8")
+    other = make_run(tmp_path / "sft", config_yaml="command: sft\n", evals_jsonl="")
+    return Page(write_report([made, other], tmp_path / "report.html"))
+
+
+def test_a_run_fills_its_stage_and_the_others_stay_empty(online: Page):
+    stages = [at for at in online.named("li") if "stage" in (at.get("class") or "")]
+    assert ["absent" in (at["class"] or "") for at in stages] == [False, True, False]
+    assert online.text.count("not in this report") == 1
+
+
+def test_the_page_of_online_rl_has_its_verdict_alarms_and_figures(online: Page):
+    said = (
+        "rloo raised the held-out reward by 1.00",
+        "The price of rloo: 3.00 nats of KL per answer",
+        "rloo: most answers were cut at the length limit, in 1 of 1 rollouts.",
+        "duplicates",
+    )
+    assert [text for text in said if text not in online.text] == []
+    [figures] = [json.loads(script) for script in online.scripts if script.startswith("[{")]
+    titles = [one["title"] for one in figures]
+    stages, rest = titles[:3], titles[3:]
+    assert stages == ["Loss", "Reward", "KL"] and rest[0] == "Held-out reward against KL"
+    assert rest[1:5] == ["Reward", "KL", "Length", "Entropy"] and rest[-4:] == ["Reward"] * 4
+    places = [int(at["data-figure"] or "") for at in online.named("div") if "data-figure" in at]
+    assert places == list(range(len(figures)))
+    assert figures[3]["layout"]["shapes"][0]["x0"] == 5
+
+
+def test_without_trouble_the_page_says_what_was_looked_at(page: Page):
+    assert "No alarm in 3 steps, 1 evaluation, 0 rollouts." in page.text
+
+
+def test_plotly_finds_no_markup_and_no_infinity_in_a_figure():
+    given = {"name": '<a href="x">&', "y": [1.0, float("nan"), float("-inf"), 10**6], "on": True, "none": None}
+    shown = {"name": '&lt;a href="x">&amp;', "y": [1.0, None, None, 10**6], "on": True, "none": None}
+    assert _for_script(given) == shown
+
+
+def test_the_diversity_of_samples_is_that_of_first_answers_to_different_prompts():
+    def said(step: Any, prompt: str, response: Any) -> dict[str, Any]:
+        return {"step": step, "prompt": prompt, "response": response}
+
+    same = [said(5, "a", "one two"), said(5, "b", "one two")]
+    different = [said(0, "a", "one two"), said(0, "b", "three four"), said(0, "b", "one two")]
+    ignored = [said(None, "a", "x"), said(9, "a", "alone"), said(7, "a", 3), said(8, "a", ""), said(8, "b", "")]
+    first, last = sampled_diversity([*same, *different, *ignored])
+    assert (first["step"], last["step"]) == (0, 5)
+    # Of 4 words 4 differ, or 2; of 2 pairs of words 2, or 1: nearly all that a large vocabulary would give, or half.
+    assert first["distinct_across"] == pytest.approx(1, abs=1e-4)
+    assert last["distinct_across"] == pytest.approx(0.5, abs=1e-4)
 
 
 def test_running_mean():

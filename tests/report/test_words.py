@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab.report.words import plain, signed, training_verdict, verdict
+from trimtab.report.words import course, grown, plain, signed, verdict
 
 
 def figure(value: float, low: float, high: float) -> dict[str, float]:
@@ -85,24 +85,22 @@ def test_what_was_not_measured_gets_no_sentence():
     assert verdict({"methods": [START, unmeasured]}) == []
 
 
-def test_a_run_alone_is_told_by_its_held_out_accuracy():
-    evals = [{"step": 0, "accuracy": 0.5}, {"step": 9, "accuracy": 0.61, "accuracy_low": 0.57, "accuracy_high": 0.65}]
-    assert training_verdict("dpo", evals) == [
-        "Held-out accuracy of dpo went from 0.50 to 0.61 (95% interval 0.57 to 0.65)."
+def test_the_course_of_a_figure():
+    rows = [
+        {"step": 0, "reward": -0.5},
+        {"step": 9, "reward": 1.25, "reward_low": 1.0, "reward_high": 1.5},
+        {"step": 10},
     ]
-    assert training_verdict("dpo", evals[:1]) == ["Held-out accuracy of dpo is 0.50."]
-    assert training_verdict("sft", [{"step": 0, "loss": 2.0}]) == []
+    assert course("rloo", "reward", rows) == [
+        "Held-out reward of rloo went from −0.50 to 1.25 (95% interval 1.00 to 1.50)."
+    ]
+    assert course("rloo", "reward", rows[:1]) == ["Held-out reward of rloo is −0.50."]
+    assert course("rloo", "reward", rows[2:]) == []
 
 
-def test_what_happened_to_the_held_out_reward_and_what_it_took():
-    before = {"step": 0, "reward": -0.5, "reward_low": -0.75, "reward_high": -0.25, "kl": 0.0}
-    after = {"step": 9, "reward": 1.25, "reward_low": 1.0, "reward_high": 1.5, "kl": 4.0}
-    assert training_verdict("rloo", [before, after]) == [
-        "Held-out reward of rloo went from \N{MINUS SIGN}0.50 to 1.25 (95% interval 1.00 to 1.50).",
-        "It ended 4.00 nats of KL per answer from its reference.",
-    ]
-    # Of a reward model, the mean score says nothing.
-    assert training_verdict("reward", [{"step": 0, "reward": 0.1}, {"step": 9, "reward": 3.0}]) == []
+@pytest.mark.parametrize(("after", "said"), [(2.5, "25% up"), (1.5, "25% down"), (2.1, "the same"), (1.9, "the same")])
+def test_what_has_grown(after: float, said: str):
+    assert grown(2.0, after, "up", "down", "the same") == said
 
 
 def test_numbers_for_people():

@@ -86,6 +86,12 @@ def diversity(
     )
 
 
+def distinct_per_input(groups: Sequence[Sequence[str]], seed: int = 0) -> Estimate:
+    """`distinct` of the answers to each prompt, the mean over prompts; NaN where no two answers have words."""
+    kept = finite(per_input(groups, {"distinct": lambda texts: distinct(words_of(texts))})["distinct"])
+    return bootstrap_mean(kept, seed) if kept else Estimate(math.nan, math.nan, math.nan, 0)
+
+
 def diversity_difference(
     after: Sequence[Sequence[str]], before: Sequence[Sequence[str]], named: Mapping[str, Measure], *, seed: int = 0
 ) -> dict[str, Estimate]:

@@ -5,6 +5,7 @@ Compare methods at equal KL: a single point of each proves nothing, so all check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from filecmp import cmp
@@ -100,6 +101,35 @@ def logged(row: Mapping[str, Any], name: str) -> Estimate:
     nan = float("nan")
     bounds = [float(bound) if is_number(bound) and bound is not None else nan for bound in (low, high)]
     return Estimate(float(row[name]), bounds[0], bounds[1], 0)
+
+
+def read_frontier(told: Mapping[str, Any]) -> Frontier:
+    """The frontier that `trimtab evaluate frontier --json` printed. ValueError for anything else."""
+    try:
+        points = tuple(map(as_point, told["points"]))
+        best_of_n = [Bought(int(one["n"]), finite(one["kl"]), as_estimate(one["reward"])) for one in told["best_of_n"]]
+        return Frontier(str(told["measure"]), points, tuple(best_of_n), tuple(map(str, told["best"])))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"not what `trimtab evaluate frontier --json` prints ({error})") from None
+
+
+def as_point(told: Mapping[str, Any]) -> Point:
+    """A point from its JSON."""
+    step = None if told["step"] is None else int(told["step"])
+    return Point(str(told["run"]), str(told["name"]), step, as_estimate(told["kl"]), as_estimate(told["reward"]))
+
+
+def as_estimate(told: Mapping[str, Any]) -> Estimate:
+    """An estimate from its JSON, in which null is a bound that is not known."""
+    low, high = (math.nan if told[side] is None else finite(told[side]) for side in ("low", "high"))
+    return Estimate(finite(told["value"]), low, high, int(told["count"]))
+
+
+def finite(value: Any) -> float:
+    """A number as a float. ValueError for one that is not finite, which JSON has no name for."""
+    if not math.isfinite(value):
+        raise ValueError(f"found {value}, expected a number")
+    return float(value)
 
 
 def is_number(value: Any) -> bool:

@@ -82,14 +82,14 @@ def evaluate_frontier(config: EvaluateFrontier) -> None:
 def read_points(config: EvaluateFrontier) -> Frontier:
     """The frontier that the runs' evals.jsonl tell. ValueError where they measured different things, or nothing."""
     from trimtab.evals.frontier import frontier, logged_points
-    from trimtab.report.read import read_run
+    from trimtab.report.read import read_runs
 
     found: dict[str, list[Point]] = {}
-    for name, path in labelled(config.runs).items():
-        points = logged_points(name, read_run(path).evals)
+    for run in read_runs(config.runs):
+        points = logged_points(run.name, run.evals)
         if not points:
             raise ValueError(
-                f"{path} has no evaluation with reward and KL (runs of online RL with --eval-data have); "
+                f"{run.name} has no evaluation with reward and KL (runs of online RL with --eval-data have); "
                 "measure it: --reward R --data PROMPTS."
             )
         for measure, some in points.items():
@@ -98,13 +98,6 @@ def read_points(config: EvaluateFrontier) -> Frontier:
         raise ValueError(f"the runs measured {' and '.join(found)}, which share no axis: give --reward and --data.")
     ((measure, points),) = found.items()
     return frontier(measure, points)
-
-
-def labelled(runs: Sequence[str]) -> dict[str, Path]:
-    """Run directories by a short name each: the last part of the path, the whole of it where that is not enough."""
-    paths = [Path(run) for run in runs]
-    names = [path.resolve().name for path in paths]
-    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
 
 
 def measure_points(config: EvaluateFrontier) -> Frontier:
@@ -116,6 +109,7 @@ def measure_points(config: EvaluateFrontier) -> Frontier:
     from trimtab.recipes import training
     from trimtab.recipes.evaluated import start_model
     from trimtab.records import Prompt
+    from trimtab.report.read import labelled
     from trimtab.rewards import parse_rewards
 
     assert config.data is not None, "measuring needs prompts"

@@ -59,7 +59,7 @@ def learn_from_fresh(
         watch=watcher(run, tally),
     )
     online.save_memory(run, [policy], prompts["train"], config, item_rows=2)
-    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
+    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config, sampler)
     shown = prompts.get("eval", prompts["train"])
     training.train_online(run, learner, batches, evaluate, policy, shown, config, safety=safety)
     tell(tally)

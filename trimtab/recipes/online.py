@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab import models
 from trimtab.batches import batch_indices
 from trimtab.checkpoint import Stateful
 from trimtab.critic import values_before
+from trimtab.evals.diversity import distinct_per_input
 from trimtab.evals.drift import drift
 from trimtab.evals.intervals import Estimate, bootstrap_mean
 from trimtab.learner import Learner
@@ -28,6 +29,8 @@ from trimtab.safety import Safety
 from trimtab.sampling import Sampler, Samples
 from trimtab.selection import Drawn
 from trimtab.tokens import encode_prompts
+
+T = TypeVar("T")
 
 # ---- What comes in
 
@@ -91,7 +94,10 @@ def draws(prompts: Sequence[Prompt], config: Any, *, start: int = 0) -> Iterator
 
 def open_run(command: str, config: Any, policy: Policy, prompts: Mapping[str, Sequence[Prompt]]) -> Run:
     """The run directory of a command."""
-    facts = {part: {"prompts": len(some), "sha256": digest_of(some)} for part, some in prompts.items()}
+    facts = {
+        part: {"prompts": len(some), "sha256": digest_of(some), "facts": training.facts_of(some, prompts["train"])}
+        for part, some in prompts.items()
+    }
     return training.open_run(command, config, policy, facts)
 
 
@@ -196,11 +202,11 @@ class Measure:
     least: float = -math.inf
     most: float = math.inf
 
-    def mean(self, samples: Samples, seed: int) -> dict[str, float]:
-        """The mean over prompts with its interval; NaN, and said so, where there are no numbers."""
-        said = prompt_means(self.of(samples), samples.n)
+    def mean(self, values: Sequence[float | None], n: int, seed: int) -> dict[str, float]:
+        """The mean over prompts of `n` answers with its interval; NaN, and said so, where there are no numbers."""
+        said = prompt_means(values, n)
         if not said:
-            console.print(f"[yellow]none of {len(samples.texts)} held-out answers has a score[/yellow]")
+            console.print(f"[yellow]none of {len(values)} held-out answers has a score[/yellow]")
         mean = bootstrap_mean(said, seed) if said else Estimate(math.nan, math.nan, math.nan, 0)
         # The widened bootstrap of `bootstrap_mean` knows nothing of the ends of a share.
         low, high = max(mean.low, self.least), min(mean.high, self.most)
@@ -213,6 +219,7 @@ def reward_measure(reward: Reward) -> Measure:
 
 
 def evaluation(
+    run: Run,
     measure: Measure,
     policy: Policy,
     reference: FrozenPolicy,
@@ -220,7 +227,10 @@ def evaluation(
     config: Any,
     sampler: Sampler,
 ) -> Callable[[int], dict[str, float]] | None:
-    """The measure, exact KL and length on held-out prompts, by the same uniform numbers each time; None without any."""
+    """The measure, exact KL, length and diversity on held-out prompts, by the same uniform numbers each time.
+
+    What every answer scored goes into scores.jsonl. None without prompts.
+    """
     settings = settings_of(config.sampling)
     if prompts is None:
         return None
@@ -228,15 +238,38 @@ def evaluation(
     def evaluate(step: int) -> dict[str, float]:
         samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
         moved = drift(policy, reference, samples, batch_rows=config.steps.micro_batch_rows)
-        figures = measure.mean(samples, config.run.seed)
+        values, texts = measure.of(samples), in_groups(samples.texts, samples.n)
+        run.append("scores.jsonl", {"step": step, **scores_of(samples, measure.name, values)})
+        figures = measure.mean(values, samples.n, config.run.seed)
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        return figures
+        others = {"kl": moved.kl, "length": moved.length, "distinct": distinct_per_input(texts, config.run.seed)}
+        return figures | bounded(others)
 
     return evaluate
 
 
+def scores_of(samples: Samples, measure: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """What every answer scored and how many tokens it has, a list for each prompt."""
+    lengths = samples.tokens.response_lengths.tolist()
+    return {"measure": measure, "scores": in_groups(values, samples.n), "lengths": in_groups(lengths, samples.n)}
+
+
+def bounded(estimates: Mapping[str, Estimate]) -> dict[str, float]:
+    """Estimates as figures: each value under its name, its bounds under `NAME_low` and `NAME_high`."""
+    return {
+        key: value
+        for name, one in estimates.items()
+        for key, value in ((name, one.value), (f"{name}_low", one.low), (f"{name}_high", one.high))
+    }
+
+
 def prompt_means(scores: Sequence[float | None], n: int) -> list[float]:
     """The mean score of each prompt's answers; answers and prompts without a score are left out."""
-    groups = ([score for score in scores[i : i + n] if score is not None] for i in range(0, len(scores), n))
+    groups = ([score for score in group if score is not None] for group in in_groups(scores, n))
     return [sum(group) / len(group) for group in groups if group]
+
+
+def in_groups(values: Sequence[T], n: int) -> list[Sequence[T]]:
+    """The values of every prompt's `n` neighbouring answers together."""
+    return [values[i : i + n] for i in range(0, len(values), n)]

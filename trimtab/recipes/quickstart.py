@@ -1,9 +1,10 @@
 """`trimtab quickstart`: controlled sentiment (Rafailov et al. 2023, section 6.1) at small scale.
 
 The start model answers review-writing prompts; a lexicon is the gold reward and labels pairs through a Bradley-Terry
-coin; a reward model learns from part of the pairs; best-of-n and online RL use it, DPO the pairs; and every method is
-judged on held-out prompts by gold reward, by KL from the start model and by length. Deviations from the paper: an
-instruct model instead of a fine-tuned GPT-2, VADER instead of a classifier as gold, a few hundred pairs, noisy labels.
+coin; a reward model learns from part of the pairs; best-of-n uses it, DPO the pairs; online RL has the gold reward
+itself, as PPO-GT of the paper's figure 2, or the reward model; and every method is judged on held-out prompts by gold
+reward, by KL from the start model and by length. Deviations from the paper: an instruct model instead of a fine-tuned
+GPT-2, VADER instead of a classifier as gold, a few hundred pairs, noisy labels.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.recipes.options import (
     DataOptions,
@@ -65,9 +66,12 @@ class Quickstart:
     """Learning rate of DPO."""
     epochs: float = 0.5
     """DPO's passes over the pairs; three of them to a prompt share an answer."""
+    rl_reward: Literal["gold", "proxy"] = "gold"
+    """What online RL is rewarded with: the gold reward itself, or the reward model that learned from the pairs (and
+    that RL soon learns to please without pleasing gold)."""
     rl_rollouts: int | None = None
-    """Rollouts of online RL, 4 answers to each of 8 training prompts; 20, or 6 with the model tiny."""
-    rl_lr: float = 2e-5
+    """Rollouts of online RL, 4 answers to each of 8 training prompts; 16, or 6 with the model tiny."""
+    rl_lr: float = 3e-5
     """Learning rate of online RL."""
     reward_lr: float = 2e-4
     """Peak learning rate of the reward model; it falls to 0. High, because a new head has few steps to learn in."""
@@ -87,6 +91,7 @@ EVALUATION_ANSWERS = 4
 CHECKPOINT_ANSWERS = 2
 """Answers to each held-out prompt: of final models, and of checkpoints on their way."""
 BATCH_SIZE = 8
+REWARD_NAMES = {"gold": "the gold reward itself", "proxy": "the reward model"}
 RL_PROMPTS, RL_ANSWERS = 8, 4
 
 
@@ -126,7 +131,7 @@ def quickstart(config: Quickstart) -> None:
             say(next(stage), "DPO on the pairs")
             train_dpo(run.directory, files, trained_on, config)
         else:
-            say(next(stage), f"{method}, with the reward model as reward")
+            say(next(stage), f"{method}, rewarded with {REWARD_NAMES[config.rl_reward]}")
             train_online(run.directory, method, prompts, config)
         say(next(stage), f"judge {method}'s checkpoints on the held-out prompts")
         judged.trained(method, run.directory / method, held_out)
@@ -135,7 +140,7 @@ def quickstart(config: Quickstart) -> None:
 
 def with_sizes(config: Quickstart) -> Quickstart:
     """The config with every size decided. Refuses sizes that leave nothing to compare."""
-    prompts, held_out_prompts, rl_rollouts = (24, 8, 6) if config.model == "tiny" else (108, 40, 20)
+    prompts, held_out_prompts, rl_rollouts = (24, 8, 6) if config.model == "tiny" else (108, 40, 16)
     config = replace(
         config,
         prompts=prompts if config.prompts is None else config.prompts,
@@ -280,7 +285,7 @@ def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quick
     dpo(
         Dpo(
             model=ModelOptions(config.model, config.dtype, config.device),
-            data=DataOptions(str(files["train"]), str(files["heldout"])),
+            data=DataOptions(str(files["train"])),
             run=RunOptions(str(directory / "dpo"), config.seed, save_every=ceil(steps / 2), save_state=False),
             steps=StepOptions(lr=config.lr, batch_size=BATCH_SIZE, steps=steps),
             loss_args=(f"beta={config.beta}",),
@@ -289,7 +294,7 @@ def train_dpo(directory: Path, files: dict[str, Path], pairs: int, config: Quick
 
 
 def train_online(directory: Path, method: str, prompts: Sequence[Prompt], config: Quickstart) -> None:
-    """`trimtab rl` on the training prompts with the demo's reward model, with a checkpoint on the way."""
+    """`trimtab rl` on the training prompts, with a checkpoint on the way."""
     from math import ceil
 
     from trimtab.algorithms import ALGORITHMS
@@ -304,13 +309,20 @@ def train_online(directory: Path, method: str, prompts: Sequence[Prompt], config
         Rl(
             model=ModelOptions(config.model, config.dtype, config.device),
             data=DataOptions(str(file)),
-            run=RunOptions(str(directory / method), config.seed, save_every=ceil(steps / 2), samples=0),
-            reward=RewardChoice((str(directory / "reward"),)),
+            run=RunOptions(
+                str(directory / method), config.seed, save_every=ceil(steps / 2), save_state=False, samples=0
+            ),
+            reward=RewardChoice(online_rewards(directory, config)),
             algorithm=algorithm_options(method, config),
             sampling=SamplingOptions(max_new_tokens=config.max_new_tokens),
             steps=OnlineStepOptions(lr=config.rl_lr, steps=steps, micro_batch_rows=RL_PROMPTS * RL_ANSWERS),
         )
     )
+
+
+def online_rewards(directory: Path, config: Quickstart) -> tuple[str, ...]:
+    """What online RL is rewarded with, in the grammar of --reward."""
+    return ("sentiment",) if config.rl_reward == "gold" else (str(directory / "reward"),)
 
 
 class Judged:
@@ -341,8 +353,9 @@ class Judged:
         if "best-of-n" not in self.config.methods:
             return
         for k in [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= n]:
-            estimate = expected_best_of_n(proxy, gold, k).mean().item()
-            self.frontier.append({"method": "best-of-n", "n": k, "kl": kl_bound(k), "gold": estimate})
+            for method, chosen_by in {"best-of-n": proxy, "best-of-n by gold": gold}.items():
+                estimate = expected_best_of_n(chosen_by, gold, k).mean().item()
+                self.frontier.append({"method": method, "n": k, "kl": kl_bound(k), "gold": estimate})
         expected = (expected_best_of_n(proxy, values, n) for values in (gold, proxy, lengths))
         gold_n, proxy_n, length_n = expected
         self.add(f"best-of-{n}", gold_n, proxy_n, torch.full((len(gold),), kl_bound(n)), length_n)
@@ -430,6 +443,7 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
         "reward_model": {"accuracy": held_out, "pairs": accuracy["pairs"]},
         "frontier": judged.frontier,
         "pairs": pairs,
+        "notes": notes(config),
         "texts": judged.texts,
         "commands": own_commands(config),
     }
@@ -440,6 +454,17 @@ def finish(run: Run, config: Quickstart, judged: Judged, accuracy: dict[str, flo
     page = write_report(runs, run.directory / "report.html", summary=summary)
     print_table(summary, Console(highlight=False, soft_wrap=True, width=max(100, console.width)))
     console.print(f"summary: {run.directory / 'summary.json'}\nreport: {page}")
+
+
+def notes(config: Quickstart) -> list[str]:
+    """What has to be known to compare the methods."""
+    from trimtab.report.summary import method_name
+
+    online = [method_name(method) for method in trained_methods(config) if method != "dpo"]
+    if not online:
+        return []
+    others = "; DPO and best-of-n saw labels drawn by a coin, or the reward model that learned from them"
+    return [f"{' and '.join(online)} trained on {REWARD_NAMES[config.rl_reward]}{others}."]
 
 
 def own_commands(config: Quickstart) -> list[str]:

@@ -10,7 +10,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Report:
-    """One self-contained HTML file: losses, accuracy, margins, reward against KL, texts. Opens offline."""
+    """One self-contained HTML file: verdict, alarms, stages, reward against KL, curves, texts. Opens offline."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Run directories."""

@@ -97,7 +97,7 @@ def rl(config: Rl) -> None:
     networks = [policy, critic] if critic else [policy]
     longest_shown = config.data.max_length if shown else 0
     online.save_memory(run, networks, prompts["train"], config, item_rows=size, length=longest_shown)
-    evaluate = online.evaluation(measure, policy, reference, prompts.get("eval"), config, sampler)
+    evaluate = online.evaluation(run, measure, policy, reference, prompts.get("eval"), config, sampler)
     some = prompts.get("eval", prompts["train"])
     keep = partial(critic.save, run.directory / "critic") if critic else lambda: None
     training.train_online(run, learner, updates, evaluate, policy, some, config, safety=safety, finish=keep)

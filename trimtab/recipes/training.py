@@ -17,6 +17,7 @@ from trimtab import data, parallel
 from trimtab.batches import batch_indices, batch_starts
 from trimtab.builtin import BUILTIN_MODELS
 from trimtab.checkpoint import State, Stateful, Weights, checkpoints_of
+from trimtab.data.checks import facts as data_facts
 from trimtab.evals.intervals import wilson
 from trimtab.health import sinking
 from trimtab.learner import Learner, make_optimizer, make_schedule
@@ -114,7 +115,7 @@ def check_data(run: Path, facts: Mapping[str, Any]) -> None:
 
 def without_names(facts: Mapping[str, Any]) -> str:
     """What data.json says of rows and model themselves, not of the path that they were read by."""
-    names = ("source", "skipped", "model")
+    names = ("source", "skipped", "model", "facts")
     kept = {part: {key: value for key, value in told.items() if key not in names} for part, told in facts.items()}
     return json.dumps(kept)
 
@@ -167,7 +168,14 @@ def encode_parts(
         skipped = [asdict(problem) for problem in records.skipped]
         facts[part] = {"source": records.source, "rows": records.rows, "skipped": skipped, "overlong": asdict(counts)}
         facts[part]["tokens_sha256"] = digest_of_rows(encoded)
+        facts[part]["facts"] = facts_of(records.records, loaded.get("train", records).records)
     return items, facts
+
+
+def facts_of(records: Sequence[Any], train: Sequence[Any]) -> dict[str, Any]:
+    """What `trimtab data check` says of some records; of others than those of training, also what is in both."""
+    against = None if records is train else train
+    return data_facts(records, against=against, against_source="the training data").to_json()
 
 
 def load(loader: Callable[..., Any], config: Any, **arguments: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
-from trimtab.report.read import RunRecord
+from trimtab.evals.diversity import distinct, words_of
+from trimtab.report.read import Rows, RunRecord
 from trimtab.report.summary import BEST_OF, START, Interval, interval, is_best_of, method_color, method_name, number
 
 SMOOTHED_FROM = 40
@@ -62,24 +64,51 @@ CHARTS = (
         (Curve("chosen_log_ratio", "wanted", "c1"), Curve("rejected_log_ratio", "unwanted", "c2")),
     ),
     Chart("Reward", "mean score", "reward", (Curve("reward", "training", "c4"),)),
+    Chart("Win rate", "against the start model", "win rate", (Curve("win_rate", "training", "c4"),)),
     Chart("KL", "from the reference", "nats per answer", (Curve("kl", "training", "c5"),)),
     Chart("Length", "of the answers", "tokens", (Curve("length", "training", "c6"),)),
+    Chart("Entropy", "of the next token", "nats per token", (Curve("entropy", "training", "c3"),)),
+    Chart(
+        "Diversity",
+        "different n-grams; 1 is as many as of uniform draws",
+        "ratio",
+        (Curve("distinct", "answers to one prompt", "c2"), Curve("distinct_across", "answers to all prompts", "c1")),
+    ),
 )
+
+
+def color_of(place: int) -> str:
+    """The colour of a run by its place in the report."""
+    return f"c{1 + place % 6}"
 
 
 def run_figures(run: RunRecord) -> list[Figure]:
     """One figure for every chart that this run has numbers for."""
+    run = replace(run, evals=[*run.evals, *sampled_diversity(run.samples)])
     figures = [_chart(run, chart) for chart in CHARTS]
     return [figure for figure in figures if figure.traces]
 
 
 def _chart(run: RunRecord, chart: Chart) -> Figure:
     alone = len(chart.curves) == 1
-    traces = [trace for curve in chart.curves for trace in _training(run, curve) + _held_out(run, curve, alone=alone)]
+    curves = ((trained(run, curve) + held_out(run, curve, alone=alone)) for curve in chart.curves)
+    traces = [trace for curve in curves for trace in curve]
     return Figure(chart.title, chart.note, traces, {"xaxis": {"title": "step"}, "yaxis": {"title": chart.unit}})
 
 
-def _training(run: RunRecord, curve: Curve) -> list[Trace]:
+def sampled_diversity(samples: Rows) -> list[dict[str, float]]:
+    """How much the answers in samples.jsonl, the first to each prompt, differ from each other, step by step."""
+    by_step: dict[float, dict[str, str]] = {}
+    for row in samples:
+        step, answer = number(row.get("step")), row.get("response")
+        if step is not None and isinstance(answer, str):
+            by_step.setdefault(step, {}).setdefault(repr(row.get("prompt")), answer)
+    found = {step: distinct(words_of(list(said.values()))) for step, said in by_step.items() if len(said) > 1}
+    return [{"step": step, "distinct_across": value} for step, value in sorted(found.items()) if isfinite(value)]
+
+
+def trained(run: RunRecord, curve: Curve) -> list[Trace]:
+    """A curve as it was logged step by step, with a running mean where there are many steps."""
     steps, values = series(run.metrics, curve.key)
     if not values:
         return []
@@ -89,7 +118,7 @@ def _training(run: RunRecord, curve: Curve) -> list[Trace]:
     return [faint, _line(steps, running_mean(values, len(values) // 10), curve.label, curve.color)]
 
 
-def _held_out(run: RunRecord, curve: Curve, *, alone: bool) -> list[Trace]:
+def held_out(run: RunRecord, curve: Curve, *, alone: bool) -> list[Trace]:
     """The evaluations of a curve, with error bars where every one of them has bounds."""
     steps, values = series(run.evals, curve.key)
     if not values:
@@ -105,7 +134,7 @@ def _held_out(run: RunRecord, curve: Curve, *, alone: bool) -> list[Trace]:
 
 def series(rows: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one metric; rows without it are left out."""
-    found = [(float(row["step"]), value) for row in rows if (value := number(row.get(key))) is not None]
+    found = [(row["step"], value) for row in rows if (value := number(row.get(key))) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -150,16 +179,23 @@ def _measured(entries: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, 
 
 
 def _best_of_n(methods: Sequence[Mapping[str, Any]], estimates: Sequence[Mapping[str, Any]]) -> list[Trace]:
-    """One curve over n: through the frontier's estimates where there are any, else from the start model (n = 1)."""
+    """A curve over n for each way to choose: through the frontier's estimates, else from the start model (n = 1)."""
     family = [entry for entry in methods if is_best_of(entry["method"])]
-    if not family and not estimates:
-        return []
-    begin = [entry for entry in methods if entry["method"] == START]
-    curve = sorted(estimates or begin + family, key=lambda entry: interval(entry, "kl") or ())
-    trace = _points(curve, "Best-of-n", color="c1") | {"text": [_n_label(entry) for entry in curve]}
+    if not estimates:
+        begin = [entry for entry in methods if entry["method"] == START]
+        return [_over_n("best-of-n", begin + family)] if family else []
+    by_method = groupby(sorted(estimates, key=lambda entry: entry["method"]), key=lambda entry: entry["method"])
+    curves = [_over_n(method, list(entries)) for method, entries in by_method]
+    return curves + [_points([entry], "") for entry in family]
+
+
+def _over_n(method: str, entries: Sequence[Mapping[str, Any]]) -> Trace:
+    """One curve over n; dotted where answers were not chosen by the proxy."""
+    curve = sorted(entries, key=lambda entry: interval(entry, "kl") or ())
+    trace = _points(curve, method_name(method), color="c1") | {"text": [_n_label(entry) for entry in curve]}
     drawn = {"mode": "lines+markers+text", "textposition": "bottom right", "showlegend": True}
-    unlabelled = [_points([entry], "") for entry in family] if estimates else []
-    return [trace | drawn | {"line": {"color": "c1", "width": 2}}, *unlabelled]
+    dash = "solid" if method == "best-of-n" else "dot"
+    return trace | drawn | {"line": {"color": "c1", "width": 2, "dash": dash}}
 
 
 def _n_label(entry: Mapping[str, Any]) -> str:

@@ -7,9 +7,11 @@ no tag can end. A content security policy forbids the page every request.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from trimtab.report.alarms import alarms, looked_at
+from trimtab.report.data_facts import data_table
 from trimtab.report.figures import Figure, frontier_figure, lengths_figure, run_figures
-from trimtab.report.read import RunRecord, read_run
+from trimtab.report.frontiers import frontier_figures
+from trimtab.report.histograms import before_and_after, histogram_figures, of_methods
+from trimtab.report.outcome import outcome
+from trimtab.report.read import RunRecord, read_runs
+from trimtab.report.stages import stages
 from trimtab.report.summary import START, Interval, interval, method_color, method_name
-from trimtab.report.words import plain, signed, training_verdict, verdict
+from trimtab.report.words import plain, signed, verdict
 
-SHOWN_ELSEWHERE = {"methods", "texts", "commands", "frontier"}
+SHOWN_ELSEWHERE = {"methods", "texts", "commands", "frontier", "notes"}
 """Keys of a summary that the page shows as tables, figures and texts; all others are listed among the facts."""
 
 STRIP_WIDTH, STRIP_HEIGHT = 130, 18
@@ -86,8 +94,7 @@ def write_report(runs: Sequence[Path], out: Path, summary: Mapping[str, Any] | N
 
     Raises FileNotFoundError naming the run whose files are missing.
     """
-    records = [read_run(Path(run)) for run in runs]
-    page = render(records, summary or {})
+    page = render(read_runs(runs), summary or {})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a model's text is no reason to fail
@@ -99,15 +106,21 @@ def render(runs: Sequence[RunRecord], summary: Mapping[str, Any]) -> str:
     environment = Environment(loader=PackageLoader("trimtab.report"), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"plain": plain, "signed": signed}
     overview = [figure for figure in (frontier_figure(summary), lengths_figure(summary)) if figure]
-    sections = [(run, run_figures(run)) for run in runs]
+    placed: list[dict[str, Any]] = []
     return environment.get_template("report.html").render(
         title=_title(runs, summary),
-        verdict=verdict(summary) or [said for run in runs for said in training_verdict(run.name, run.evals)],
+        verdict=verdict(summary) or [said for run in runs for said in outcome(run)],
+        alarms=[said for run in runs for said in alarms(run)],
+        looked_at=looked_at(runs),
+        stages=stages(runs, summary),
         rows=table(summary.get("methods", ())),
         strip_size=(STRIP_WIDTH, STRIP_HEIGHT),
-        overview=overview,
-        sections=sections,
-        figures=[asdict(figure) for figure in _all_figures(overview, sections)],
+        overview=overview + frontier_figures(runs),
+        sections=[(run, run_figures(run)) for run in runs],
+        rewards=_rewards(runs, summary),
+        tables=[found for run in runs if (found := data_table(run))],
+        place=partial(_place, placed),
+        placed=placed,
         texts=texts(summary, runs),
         commands=summary.get("commands", ()),
         facts=_readable({key: value for key, value in summary.items() if key not in SHOWN_ELSEWHERE}),
@@ -123,9 +136,27 @@ def _title(runs: Sequence[RunRecord], summary: Mapping[str, Any]) -> str:
     return f"Steering {subject}" if summary else f"Training {subject}"
 
 
-def _all_figures(overview: Sequence[Figure], sections: Iterable[tuple[RunRecord, list[Figure]]]) -> list[Figure]:
-    """In the order in which the template numbers them."""
-    return [*overview, *(figure for _, figures in sections for figure in figures)]
+def _rewards(runs: Sequence[RunRecord], summary: Mapping[str, Any]) -> list[tuple[str, list[Figure]]]:
+    """What the histograms of rewards are of, and the histograms."""
+    compared = {"Methods": of_methods(summary), **{run.name: before_and_after(run) for run in runs}}
+    return [(name, figures) for name, found in compared.items() if (figures := histogram_figures(found))]
+
+
+def _place(placed: list[dict[str, Any]], figure: Figure) -> int:
+    """The number of a figure that the template puts down, under which the script finds it."""
+    placed.append(_for_script(asdict(figure)))
+    return len(placed) - 1
+
+
+def _for_script(value: Any) -> Any:
+    """A figure as JSON has it: texts in which plotly finds no markup, null for a number that is not finite."""
+    if isinstance(value, str):
+        return value.replace("&", "&amp;").replace("<", "&lt;")
+    if isinstance(value, dict):
+        return {key: _for_script(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_for_script(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _resource(name: str) -> Markup:

@@ -31,6 +31,12 @@ def reliability_plot(reward: str, calibration: Calibration) -> dict[str, Any]:
 
 
 def frontier_plot(frontier: Frontier) -> dict[str, Any]:
+    """Reward against KL, nats per answer."""
+    axes = {"xaxis": {"title": {"text": "KL, nats per answer"}}, "yaxis": {"title": {"text": frontier.measure}}}
+    return {"data": frontier_traces(frontier), "layout": {"title": {"text": f"{frontier.measure} against KL"}, **axes}}
+
+
+def frontier_traces(frontier: Frontier) -> list[dict[str, Any]]:
     """Every run's points joined in the order of their steps, and best-of-n as a curve at its bound on KL."""
     traces = []
     for run in dict.fromkeys(point.run for point in frontier.points):
@@ -61,8 +67,7 @@ def frontier_plot(frontier: Frontier) -> dict[str, Any]:
                 "error_y": bars([one.reward for one in frontier.best_of_n]),
             }
         )
-    axes = {"xaxis": {"title": {"text": "KL, nats per answer"}}, "yaxis": {"title": {"text": frontier.measure}}}
-    return {"data": traces, "layout": {"title": {"text": f"{frontier.measure} against KL"}, **axes}}
+    return traces
 
 
 def bars(estimates: Sequence[Estimate]) -> dict[str, Any]:

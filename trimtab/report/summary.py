@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -43,7 +44,13 @@ def number(value: Any) -> float | None:
     """`value` as a float if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) < float("inf") else None
+    return float(value) if abs(value) <= sys.float_info.max else None
+
+
+def inner(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key; empty where there is none."""
+    found = entry.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def interval(entry: Mapping[str, Any], key: str) -> Interval | None:

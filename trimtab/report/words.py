@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.report.summary import START, interval, is_best_of, method_name, number
+from trimtab.report.summary import START, Interval, interval, is_best_of, method_name, number
 
-NOTABLE_LENGTH_CHANGE = 0.1
-"""Answers that grew or shrank by more than this share are said to be longer or shorter."""
+NOTABLE_CHANGE = 0.1
+"""What grew or shrank by more than this share is said to have changed."""
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
@@ -24,7 +24,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     sentences = [_gain_sentence(entry, start) for entry in ranked]
     sentences += _equal_kl_sentences(summary, start)
     sentences += [_gaming_sentence(entry) for entry in ranked if _is_gamed(entry, start)]
-    return sentences + _reward_model_sentences(summary)
+    return [*sentences, *_reward_model_sentences(summary), *map(str, summary.get("notes") or ())]
 
 
 def _family_once(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -32,22 +32,30 @@ def _family_once(ranked: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return [entry for entry in ranked if entry not in family[1:]]
 
 
-def training_verdict(name: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What held-out accuracy, or reward and KL, of one run did from its first evaluation to its last; empty without."""
-    reward = [row for row in evals if number(row.get("reward_low")) is not None]
-    sentences = _course(name, "accuracy", evals) + _course(name, "reward", reward)
-    kl = number(reward[-1].get("kl")) if reward else None
-    return sentences + ([f"It ended {plain(kl)} nats of KL per answer from its reference."] if kl is not None else [])
-
-
-def _course(name: str, key: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
+def course(name: str, key: str, evals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a held-out figure of one run did from its first evaluation to its last; empty without."""
     seen = [row for row in evals if number(row.get(key)) is not None]
     if not seen:
         return []
     first, last = plain(seen[0][key]), plain(seen[-1][key])
     if len(seen) == 1:
-        return [f"Held-out {key} of {name} is {first}{_between(seen[-1], key)}."]
-    return [f"Held-out {key} of {name} went from {first} to {last}{_between(seen[-1], key)}."]
+        return [f"Held-out {key} of {name} is {first}{spread(seen[-1], key)}."]
+    return [f"Held-out {key} of {name} went from {first} to {last}{spread(seen[-1], key)}."]
+
+
+def change_in_words(name: str, what: str, gain: Interval) -> str:
+    """A change with its interval, as the beginning of a sentence; one whose interval holds zero is not clear."""
+    told = f"95% interval {signed(gain.low)} to {signed(gain.high)}"
+    if gain.holds_zero:
+        return f"{name}: no clear change of the {what} ({signed(gain.value)}, {told}, which holds zero)"
+    verb = "raised" if gain.value > 0 else "lowered"
+    return f"{name} {verb} the {what} by {abs(gain.value):.2f} ({told})"
+
+
+def grown(before: float, after: float, more: str, less: str, same: str) -> str:
+    """How much a positive figure grew or shrank, such as "20% longer"; `same` for a change that is not notable."""
+    change = after / before - 1
+    return same if abs(change) <= NOTABLE_CHANGE else f"{abs(change):.0%} {more if change > 0 else less}"
 
 
 def signed(value: float, digits: int = 2) -> str:
@@ -61,20 +69,16 @@ def plain(value: float, digits: int = 2) -> str:
     return signed(value, digits).lstrip("+")
 
 
-def _between(row: Mapping[str, Any], key: str) -> str:
+def spread(row: Mapping[str, Any], key: str) -> str:
+    """The interval of a figure of a row in brackets, nothing where the row has none."""
     low, high = number(row.get(f"{key}_low")), number(row.get(f"{key}_high"))
     return "" if low is None or high is None else f" (95% interval {plain(low)} to {plain(high)})"
 
 
 def _gain_sentence(entry: Mapping[str, Any], start: Mapping[str, Any]) -> str:
-    name, gain = method_name(entry["method"]), interval(entry, "gold_gain")
+    gain = interval(entry, "gold_gain")
     assert gain is not None, "only methods with a gain get a sentence"
-    spread = f"95% interval {signed(gain.low)} to {signed(gain.high)}"
-    if gain.holds_zero:
-        said = f"{name}: no clear change of the gold reward ({signed(gain.value)}, {spread}, which holds zero)"
-    else:
-        verb = "raised" if gain.value > 0 else "lowered"
-        said = f"{name} {verb} the gold reward by {abs(gain.value):.2f} ({spread})"
+    said = change_in_words(method_name(entry["method"]), "gold reward", gain)
     return said + _price(entry) + _length_clause(entry, start) + "."
 
 
@@ -87,10 +91,7 @@ def _length_clause(entry: Mapping[str, Any], start: Mapping[str, Any]) -> str:
     after, before = interval(entry, "length"), interval(start, "length")
     if not after or not before or before.value <= 0:
         return ""
-    change = after.value / before.value - 1
-    if abs(change) <= NOTABLE_LENGTH_CHANGE:
-        return ", with answers about as long"
-    return f", with answers {abs(change):.0%} {'longer' if change > 0 else 'shorter'}"
+    return f", with answers {grown(before.value, after.value, 'longer', 'shorter', 'about as long')}"
 
 
 def _is_gamed(entry: Mapping[str, Any], start: Mapping[str, Any]) -> bool:

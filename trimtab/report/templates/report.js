@@ -28,13 +28,13 @@
     ...given, title: { text: given?.title ?? "", font: { size: 12 }, standoff: 8 },
   });
 
-  const layout = (figure) => ({
+  const layout = ({ layout: { xaxis, yaxis, ...others } }) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
     margin: { l: 48, r: 14, t: 26, b: 40 }, hovermode: "closest", bargap: 0.45,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style("muted") },
     hoverlabel: { bgcolor: style("panel"), bordercolor: style("line"), font: { color: style("ink") } },
     legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom" },
-    xaxis: axis(figure.layout.xaxis), yaxis: axis(figure.layout.yaxis),
+    xaxis: axis(xaxis), yaxis: axis(yaxis), ...painted(others),
   });
 
   const draw = () => {
