@@ -20,9 +20,9 @@ LAYERS = (
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "model_files", "weights", "blocked_attention", "attention", "bodies"),
-        *("projection", "models", "sampling", "rewards"),
+        *("projection", "models", "sampling", "rewards", "conversation"),
         *("judges", "memory", "reference_cache", "references", "rollouts", "selection", "critic", "health"),
-        *("objectives", "learner", "checkpoint", "safety", "resume", "parallel", "plan", "run"),
+        *("objectives", "learner", "checkpoint", "safety", "resume", "parallel", "plan", "tracking", "run"),
     },
     {"evals", "overoptimization", "report", "label"},
     {"recipes"},

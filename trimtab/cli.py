@@ -58,6 +58,7 @@ COMMANDS = {
     "raft": Command("raft", "Raft", "raft", "expert iteration: imitate the best of fresh answers", on_many=True),
     "best-of-n": Command("best_of_n", "BestOfN", "best_of_n", "sample n answers to a prompt, keep the best scored"),
     "generate": Command("generate", "Generate", "generate", "sample answers to prompts"),
+    "chat": Command("chat", "Chat", "chat", "talk to a model in the terminal, or to two side by side"),
     "score": Command("score", "Score", "score", "add a reward to every row of a file"),
     "evaluate reward": Command(
         "evaluate_reward", "EvaluateReward", "evaluate_reward", "accuracy of a reward on held-out pairs, RewardBench"

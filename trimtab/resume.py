@@ -32,7 +32,7 @@ def clear(directory: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-MAY_CHANGE = {"out", "save_every", "save_state", "keep_last", "eval_every", "keep_best", "on_nonfinite"}
+MAY_CHANGE = {"out", "save_every", "save_state", "keep_last", "eval_every", "keep_best", "on_nonfinite", "track"}
 """Flags that change no weight: what is looked at, what is kept."""
 ROUNDING = {"micro_batch_rows", "gradient_checkpointing", "share_prompts", "packing", "batch_rows", "device"}
 """Flags that change speed and memory, and with them at most the last digits."""

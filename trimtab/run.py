@@ -13,6 +13,7 @@ The directory is the contract between commands:
     checkpoints/        step-00000100/, ... and best/: models in `save_pretrained` form, and what is needed to go on
     model/              the final model in `save_pretrained` form
     report.html         the same for people
+    tracking/           with --track: what the sinks were sent, and under which name
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from trimtab.lock import holds_anything, lock
 from trimtab.progress import console, progress_bar
 from trimtab.resume import check_files, check_free, clear, cut_back, starting_point, verified
 from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
+from trimtab.tracking import Sink
 from trimtab.untrusted import read_json_object
 
 FORMAT_VERSION = 1
@@ -81,6 +83,8 @@ class Run:
     """What the run goes on from, or the last checkpoint that it wrote."""
     saved: State | None = None
     """What was in it, until `restore` hands it out."""
+    sinks: list[Sink] = field(default_factory=list)
+    """What else gets the rows of the .jsonl files (--track)."""
 
     # ---- Beginning, and going on
 
@@ -170,12 +174,20 @@ class Run:
         write_json(path, {**known, **facts})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Add one object to a .jsonl file of the run."""
+        """Add one object to a .jsonl file of the run, and to the sinks."""
         if not parallel.is_first():
             return
         # A lone surrogate, which is no Unicode text, goes back as the JSON escape that it came as.
         with (self.directory / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False) + "\n")
+        for sink in self.sinks:
+            sink(name, row)
+
+    def close(self) -> None:
+        """Nothing more will be written down."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = []
 
     # ---- The loop
 

@@ -15,6 +15,7 @@ import signal
 import stat
 import sys
 import threading
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,9 @@ MOST_RATIO = 100
 FREE_INFLATED = 64 * MEGABYTE
 MOST_SKIPPED = 100_000
 """Rows that --skip-invalid skips, and blank lines of a file: more are no accident."""
+
+TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Embeddings, overrides and isolates of Unicode's text direction: a text that leaves one open turns what follows."""
 
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
@@ -145,6 +149,22 @@ def read_text(path: Path, most: int = MOST_SETTINGS) -> str:
 def printable(text: str) -> str:
     """A text that does nothing to a terminal: control characters other than line ends and tabs are written out."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def without_controls(text: str) -> str:
+    """A text of somebody's that does nothing to a terminal and still reads as it should: for whole answers.
+
+    Control characters (C0, C1) other than line ends and tabs are written out, and so are lone surrogates, which cannot
+    be printed, and what turns the direction of the text around it. Joiners and wide spaces stay, unlike in `printable`.
+    """
+    return "".join(ascii(c)[1:-1] if is_control(c) else c for c in text)
+
+
+def is_control(character: str) -> bool:
+    """Whether a character does something instead of being shown."""
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs") or character in TURNING
 
 
 # ---- JSON and YAML

@@ -123,6 +123,7 @@ def resume(
 
     safety = replace(training.safety_of(config, learner, remembered, None), keep_best=best, rows=rows)
     run.restore(safety.parts)
+    training.track(run, config)
     return safety
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.lock import check_unlocked, holds_anything
+from trimtab.tracking import SinkName, check_sinks
 from trimtab.untrusted import read_json_object, read_yaml_mapping
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -133,6 +134,8 @@ class RunOptions:
     """Go on from this checkpoint of the run instead, such as step-00000100."""
     overwrite: bool = False
     """Replace a run directory that exists."""
+    track: tuple[SinkName, ...] = ()
+    """Also send figures and samples there: tensorboard (RUN/tensorboard), trackio, wandb; several are possible."""
     shard: Literal["full", "none"] | None = None
     """Of several processes (--nproc N, torchrun): split weights over them (full) or give each a copy; full if unset."""
 
@@ -157,6 +160,7 @@ def check_options(config: Any) -> None:
     check_out(config.run)
     check_unfinished(config)
     check_inputs(config)
+    check_sinks(config.run.track)
     if not -(2**63) <= config.run.seed < 2**63:
         raise ValueError(f"--seed {config.run.seed}: a number of at most 63 bits is needed.")
     if config.run.eval_every and config.data.eval_data is None:

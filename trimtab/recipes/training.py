@@ -43,6 +43,7 @@ from trimtab.run import Run, check_weights, seed_everything, write_json
 from trimtab.safety import Safety
 from trimtab.sampling import Sampler, VllmServer, sample
 from trimtab.tokens import Encoded, digest_of_rows
+from trimtab.tracking import open_sinks
 from trimtab.untrusted import read_json_object
 
 SAMPLE_VALUES = 1024
@@ -101,6 +102,15 @@ def open_run(command: str, config: Any, model: Any, facts: Mapping[str, Any]) ->
         write_json(run.directory / "data.json", facts)
     run.note(device=str(model.device), arithmetic=model.arithmetic.why)
     return run
+
+
+def track(run: Run, config: Any) -> None:
+    """Open what --track names for the rows that the run writes from here on; the first rank sends them."""
+    if not config.run.track:
+        return
+    with parallel.AllOrNone():
+        if parallel.is_first():
+            run.sinks = open_sinks(config.run.track, run.directory, run.step)
 
 
 def check_data(run: Path, facts: Mapping[str, Any]) -> None:
@@ -359,6 +369,7 @@ def train(
     evaluate = HeldOut(learner, items["eval"], options.batch_size) if "eval" in items else None
     safety = safety_of(config, learner, moves.parts, evaluate, items["train"])
     run.restore(safety.parts)
+    track(run, config)
     size, seed = options.batch_size, config.run.seed
     batches = items["train"].epochs(batch_size=size, seed=seed, steps=steps, start=run.step)
     prompts = prompts_of(items.get("eval", items["train"]))
@@ -410,6 +421,7 @@ def finished(run: Run, learner: Learner, policy: Any, prompts: Sequence[Prompt],
     if parallel.is_first():
         write_report([run.directory], run.directory / "report.html")
     run.note(finished=run.step)
+    run.close()
     console.print(f"model: {run.directory / 'model'}\nreport: {run.directory / 'report.html'}")
 
 
