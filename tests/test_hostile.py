@@ -283,7 +283,7 @@ def test_any_config_long(tmp_path: Path, capsys: Captured, monkeypatch: pytest.M
     config_ends_well(tmp_path, content, capsys)
 
 
-FIGURES = st.sampled_from(["step", "loss", "reward", "kl", "accuracy", "lr", "prompt", "response", "x"])
+FIGURES = st.sampled_from(["step", "loss", "reward", "kl", "accuracy", "lr", "prompt", "response", "answers", "x"])
 ROWS = st.lists(st.dictionaries(FIGURES, VALUE, max_size=4), max_size=4)
 LINES = BYTES | ROWS.map(lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode())
 OBJECT = BYTES | st.dictionaries(
@@ -313,6 +313,25 @@ def test_any_run_directory(tmp_path: Path, capsys: Captured, files: dict[str, by
 @given(files=st.fixed_dictionaries(FILES))
 def test_any_run_directory_long(tmp_path: Path, capsys: Captured, files: dict[str, bytes]):
     run_ends_well(tmp_path, files, capsys)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"prompt": 3, "response": "a"},
+        {"prompt": [{"role": "user"}], "response": "a"},
+        {"prompt": "a"},
+        {"prompt": "a", "answers": ["b"], "response": "b"},
+        {"prompt": "a", "answers": {"dpo": {}}},
+    ],
+)
+def test_a_run_with_samples_that_are_none_is_one_error(tmp_path: Path, capsys: Captured, row: dict[str, object]):
+    files = {"config.yaml": "{}", "environment.json": "{}", "metrics.jsonl": "", "samples.jsonl": json.dumps(row)}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    assert "samples.jsonl: row 1: " in capsys.readouterr().err
 
 
 CONFIGS = {

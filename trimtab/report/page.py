@@ -25,7 +25,7 @@ from trimtab.report.figures import Figure, frontier_figure, lengths_figure, run_
 from trimtab.report.frontiers import frontier_figures
 from trimtab.report.histograms import before_and_after, histogram_figures, of_methods
 from trimtab.report.outcome import outcome
-from trimtab.report.read import RunRecord, read_runs
+from trimtab.report.read import RunRecord, checked_samples, read_runs
 from trimtab.report.stages import stages
 from trimtab.report.summary import START, Interval, interval, method_color, method_name
 from trimtab.report.words import plain, signed, verdict
@@ -210,7 +210,7 @@ def _answer(method: str, answer: Mapping[str, Any], before: Interval | None) -> 
 def _sampled(run: RunRecord) -> list[Text]:
     """What a run's policy said, one card a prompt, its answers in the order of their rows."""
     by_prompt: dict[str, list[Answer]] = {}
-    for row in run.samples:
+    for row in checked_samples(run):
         if "answers" in row:  # the answers of several methods in one row, as in a summary
             by_prompt.setdefault(_prompt(row["prompt"]), []).extend(_text(row).answers)
             continue
