@@ -19,6 +19,8 @@ def run(name: str, flags: list[str]) -> None:
 if __name__ == "__main__":
     parallel.start()
     assert parallel.ranks() > 1, "start this with torchrun"
-    for name, flags in json.loads(Path(sys.argv[1]).read_text()):
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    parallel.ENOUGH = parallel.ENOUGH if asked["room"] else 0.0
+    for name, flags in asked["cases"]:
         run(name, flags)
     parallel.leave(0)

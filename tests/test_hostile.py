@@ -331,7 +331,8 @@ def test_a_run_with_samples_that_are_none_is_one_error(tmp_path: Path, capsys: C
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
-    assert "samples.jsonl: row 1: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "samples.jsonl of " in told and ", row 1: " in told
 
 
 CONFIGS = {

@@ -10,12 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import HashStore
 
 from tests.on_ranks import run
 from trimtab import parallel
@@ -35,6 +40,9 @@ ROWS = [
     for i in range(11)
 ]
 FUNCTIONS = """
+import pathlib
+import time
+
 def codes(completion_ids):
     return [float(sum(ids) % 97) / 10 for ids in completion_ids]
 
@@ -43,6 +51,7 @@ def some(completion_ids):
 
 def failing(prompts, completions):
     if any("Say 10" in str(prompt) for prompt in prompts):
+        pathlib.Path("failed").write_text(str(time.time()))
         raise RuntimeError("the tenth is too much")
     return [float(len(text)) for text in completions]
 """
@@ -81,7 +90,15 @@ LONGER: dict[str, tuple[str, list[str]]] = {
     "critic first": ("ppo", [*ONLINE, "--critic-warmup", "1"]),
     "fewer prompts than ranks": ("rloo", [*ONLINE, "--prompts-per-step", "1"]),
 }
+APART: dict[str, tuple[str, list[str]]] = {
+    "rloo": ("rloo", ["--eval-data", "prompts.jsonl"]),
+    # The second rank has no answer to write, and takes part in the passes of the first.
+    "one prompt": ("raft", ["--prompts-per-step", "1", "--max-new-tokens", "9", "--batch-rows", "3"]),
+    "adapter": ("rloo", ["--lora-rank", "4"]),
+}
 WHOLE_ONLY = {"demonstrations beside": ("rloo", [*ONLINE, "--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"])}
+PATIENCE = 300
+"""Seconds for anything that is waited for; a loaded machine may need many times what it takes alone."""
 NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second"}
 
 
@@ -102,14 +119,15 @@ def surroundings(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monke
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
 
 
-def on_ranks(cases: list[tuple[str, list[str]]], count: int = 2) -> None:
-    """Run commands under torchrun."""
+def on_ranks(cases: list[tuple[str, list[str]]], count: int = 2, *, room: bool = True) -> str:
+    """Run commands under torchrun; what they say. Without `room`, no policy can be put together for sampling."""
     builtin_model("tiny")  # before processes join, as the command line does
-    Path("cases.json").write_text(json.dumps(cases))
+    Path("cases.json").write_text(json.dumps({"cases": cases, "room": room}))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, "-m", *launcher, "-m", "tests.on_ranks", "cases.json"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert told.returncode == 0, told.stderr[-6000:]
+    return told.stdout + told.stderr
 
 
 def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
@@ -123,14 +141,21 @@ def figures(run: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in numbers]
 
 
+def answers(run: Path) -> list[tuple[list[str], list[float]]]:
+    """The answers and the rewards that each rollout tells."""
+    rows = [row["answers"] for row in lines_of(run, "rollouts")]
+    return [([a["text"] for a in row], [math.nan if a["reward"] is None else a["reward"] for a in row]) for row in rows]
+
+
 def compare(one: Path, many: Path, near: float = 1e-5) -> None:
     """Losses and figures of every step, evaluations, answers and final weights are the same to 1e-5, or `near`."""
     assert lines_of(one, "metrics") and lines_of(one, "samples") == lines_of(many, "samples")
     for name in ("metrics", "evals"):
         for ours, theirs in zip(figures(one, name), figures(many, name), strict=True):
             assert theirs == pytest.approx(ours, rel=near, abs=near, nan_ok=True), (many, name, ours["step"])
-    told = [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(one, "rollouts")]
-    assert told == [[[a["text"], a["reward"]] for a in row["answers"]] for row in lines_of(many, "rollouts")]
+    assert [texts for texts, _ in answers(one)] == [texts for texts, _ in answers(many)]
+    for (_, ours), (_, theirs) in zip(answers(one), answers(many), strict=True):
+        assert theirs == pytest.approx(ours, rel=near, abs=near, nan_ok=True)
     weights, others = (load_file(run / "model" / "model.safetensors") for run in (one, many))
     assert weights.keys() == others.keys()
     for name in weights:
@@ -157,6 +182,29 @@ def test_two_ranks_give_what_one_gives() -> None:
     check_cases(CASES, {"ppo": CASES["ppo"]})
     told = [json.loads(Path(shard, "ppo", "environment.json").read_text()) for shard in ("full", "none")]
     assert [one["ranks"] for one in told] == [2, 2] and "split" in told[0]["shard"] and "copy" in told[1]["shard"]
+
+
+@pytest.mark.parametrize("names", [["rloo", "one prompt"], pytest.param(["adapter"], marks=pytest.mark.slow)])
+def test_where_the_policy_cannot_be_put_together_ranks_draw_the_same_with_split_weights(names: list[str]) -> None:
+    cases = {name: (command, [*ONLINE, *flags]) for name, (command, flags) in APART.items() if name in names}
+    said = on_ranks(
+        [(command, [*COMMON, *given, "--out", f"many/{name}"]) for name, (command, given) in cases.items()], room=False
+    )
+    assert said.count("sampling with split weights") == 1
+    for name, (command, given) in cases.items():
+        run(command, [*COMMON, *given, "--out", f"one/{name}"])
+        compare(Path("one", name), Path("many", name))
+
+
+def test_a_reward_model_with_split_weights_gives_the_scores_of_a_whole_one() -> None:
+    run("reward", [*COMMON, *OFFLINE, "--lr", "1e-2", "--out", "judge"])
+    alone, mixed = (["--reward", "judge", *others] for others in ([], ["length", "--reward-weights", "1", "0.1"]))
+    jobs = {"rloo": ("rloo", [*ONLINE, *alone]), "raft": ("raft", [*ONLINE, *mixed, "--prompts-per-step", "1"])}
+    on_ranks([(command, [*COMMON, *given, "--out", f"many/{name}"]) for name, (command, given) in jobs.items()])
+    for name, (command, given) in jobs.items():
+        run(command, [*COMMON, *given, "--out", f"one/{name}"])
+        compare(Path("one", name), Path("many", name))
+        assert all(len(set(rewards)) > 1 for _, rewards in answers(Path("many", name)))
 
 
 @pytest.mark.slow
@@ -208,21 +256,72 @@ def test_a_resumed_run_is_the_unbroken_one_on_as_many_ranks_and_on_one() -> None
     assert [[one["ranks"], one["resumed"][0]["ranks"]] for one in ranks] == [[2, 2], [2, 1]]
 
 
-def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on() -> None:
-    flags = [*COMMON, *CASES["sft"][1], "--steps", "40", "--lr", "1e-5", "--out", "run"]
-    metrics = Path("run", "metrics.jsonl")
-    with Path("told").open("w") as told:
-        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "sft", *flags, "--nproc", "2"], stderr=told)
+@contextmanager
+def started(*command: str, log: str = "told") -> Iterator[subprocess.Popen[bytes]]:
+    """A Python command while it runs, as in a terminal of its own; what it says goes into a file."""
+    with Path(log).open("w") as told:
+        launcher = subprocess.Popen([sys.executable, *command], stdout=told, stderr=told, start_new_session=True)
     try:
-        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.02)
-        launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(120) == 128 + signal.SIGTERM
+        yield launcher
     finally:
+        for process in workers_of(launcher) if launcher.poll() is None else ():
+            os.kill(process, signal.SIGKILL)
         launcher.kill()
+        launcher.wait()
+
+
+def wait_for_steps(launcher: subprocess.Popen[bytes], run: Path, steps: int = 1) -> None:
+    """Until a run has taken some steps, or has ended."""
+    metrics, until = run / "metrics.jsonl", time.monotonic() + PATIENCE
+    while launcher.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+        assert time.monotonic() < until, "the run does not begin"
+        time.sleep(0.02)
+
+
+def workers_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """The processes of the ranks."""
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def wait_for_start(launcher: subprocess.Popen[bytes], run: Path, times: int) -> None:
+    """Until a run has been gone on with so many times."""
+    until = time.monotonic() + PATIENCE
+    while launcher.poll() is None and len(resumes(run)) < times:
+        assert time.monotonic() < until, "the run is not gone on with"
+        time.sleep(0.02)
+
+
+def resumes(run: Path) -> list[Any]:
+    """When, and with what, a run was gone on with."""
+    return json.loads((run / "environment.json").read_text()).get("resumed", [])
+
+
+TRIMTAB, TORCHRUN = ["-m", "trimtab"], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+STOPPED = {
+    "SIGTERM": ([*TRIMTAB, "sft", "--nproc", "2"], lambda launcher: launcher.terminate(), 143),
+    # As a terminal sends it: to all that runs in it, and the ranks do not.
+    "Ctrl-C": ([*TRIMTAB, "sft", "--nproc", "2"], lambda launcher: os.killpg(launcher.pid, signal.SIGINT), 130),
+    "SIGTERM to one rank": (
+        [*TRIMTAB, "sft", "--nproc", "2"],
+        lambda launcher: os.kill(workers_of(launcher)[-1], signal.SIGTERM),
+        143,
+    ),
+    "SIGTERM to torchrun": ([*TORCHRUN, *TRIMTAB, "sft"], lambda launcher: launcher.terminate(), None),
+}
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in STOPPED if name != "SIGTERM"]
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", *SLOWLY])
+def test_ranks_that_are_asked_to_stop_end_the_same_step_and_say_how_to_go_on(how: str) -> None:
+    flags = [*COMMON, *CASES["sft"][1], "--steps", "40", "--lr", "1e-5", "--out", "run"]
+    command, ask, status = STOPPED[how]
+    with started(*command, *flags) as launcher:
+        wait_for_steps(launcher, Path("run"))
+        ask(launcher)
+        assert launcher.wait(PATIENCE) == (status or launcher.returncode) != 0
     said, steps = Path("told").read_text(), len(lines_of(Path("run"), "metrics"))
     assert said.count("trimtab: stopped after step") == 1 and f"stopped after step {steps} of 40, as asked" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said or status is None, "torchrun shows one of its own"
     assert [path.name for path in Path("run", "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     (typed,) = re.findall(r"^  trimtab (.*)$", said, re.MULTILINE)
     assert typed.endswith("--resume --nproc 2")
@@ -262,30 +361,70 @@ def trimtab(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all_with_its_message() -> None:
-    began = time.monotonic()
     flags = [*COMMON, *ONLINE, "--prompts-per-step", "11", "--reward", "py:reward_functions:failing", "--out", "run"]
     told = trimtab("raft", *flags, "--nproc", "2")
-    assert told.returncode == 2 and time.monotonic() - began < 100
+    assert told.returncode == 2 and time.time() - float(Path("failed").read_text()) < 20
     said = [line for line in told.stderr.splitlines() if line.startswith("trimtab: ")]
     assert len(said) == 1 and "rank " in said[0] and "the tenth is too much" in said[0], told.stderr
     assert "Traceback" not in told.stderr and not Path("run", "model").exists()
 
 
+KILLED = {
+    "offline": ("dpo", CASES["dpo"][1]),
+    # Most of its time goes into rollouts.
+    "online": ("rloo", [*ONLINE, "--max-new-tokens", "32"]),
+}
+
+
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path) -> None:
-    flags = [*COMMON, *CASES["dpo"][1], "--steps", "100000", "--out", "run", "--nproc", "2"]
-    with Path("told").open("w") as told:
-        launcher = subprocess.Popen([sys.executable, "-m", "trimtab", "dpo", *flags], stderr=told)
-    try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while launcher.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.1)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        assert launcher.wait(60) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
-    finally:
-        launcher.kill()
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_rank_that_is_killed_ends_the_others(kind: str) -> None:
+    name, given = KILLED[kind]
+    flags = [*COMMON, *given, "--steps", "100000", "--out", "run", "--nproc", "2"]
+    with started(*TRIMTAB, name, *flags) as launcher:
+        wait_for_steps(launcher, Path("run"))
+        os.kill(workers_of(launcher)[-1], signal.SIGKILL)
+        assert launcher.wait(30) in (2, 128 + signal.SIGKILL), "whoever is seen to end first gives the status"
     assert Path("told").read_text().splitlines()[-1].startswith("trimtab: rank ")
+
+
+def node(port: int) -> list[str]:
+    """torchrun on one of two nodes, this machine being both."""
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    return ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", *meeting]
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_after_a_rank_of_one_was_killed() -> None:
+    flags = [*COMMON, *CASES["dpo"][1], "--steps", "40", "--save-every", "4", "--keep-last", "2"]
+    run("dpo", [*flags, "--out", "one"])
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*node(port), *TRIMTAB, "dpo", *flags, "--out", "run", "--resume"]
+    with started(*command) as first, started(*command, log="said") as second:
+        wait_for_steps(first, Path("run"), 9)
+        os.kill(workers_of(second)[0], signal.SIGKILL)
+        wait_for_start(first, Path("run"), 1)
+        told = "".join(Path(name).read_text()[-4000:] for name in ("told", "said"))
+        assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (0, 0), told
+    assert len(resumes(Path("run"))) == 1
+    compare(Path("one"), Path("run"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_ranks_again_after_one_was_killed_and_they_go_on() -> None:
+    flags = [*COMMON, *CASES["dpo"][1], "--steps", "60", "--save-every", "4", "--keep-last", "2"]
+    on_ranks([("dpo", [*flags, "--out", "unbroken"])])
+    command = [*TORCHRUN, "--max-restarts", "2", *TRIMTAB, "dpo", *flags, "--out", "run", "--resume"]
+    with started(*command) as launcher:
+        for kills, steps in enumerate((9, 31), 1):
+            wait_for_steps(launcher, Path("run"), steps)
+            os.kill(workers_of(launcher)[kills % 2], signal.SIGKILL)
+            wait_for_start(launcher, Path("run"), kills)
+        assert launcher.wait(PATIENCE) == 0, Path("told").read_text()[-4000:]
+    assert len(resumes(Path("run"))) == 2 and [row["step"] for row in lines_of(Path("run"), "metrics")][-1] == 60
+    compare(Path("unbroken"), Path("run"), near=1e-6)
 
 
 def test_what_several_processes_cannot_do_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +452,14 @@ def test_flags_that_do_not_go_with_several_processes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         run("rloo", [*COMMON, *ONLINE, "--out", "run", *flags])
+
+
+def test_processes_that_start_again_meet_under_a_new_name() -> None:
+    store = HashStore()
+    store.set("name of 1", "of one that died before it was told")
+    with ThreadPoolExecutor(3) as pool:
+        starts = [list(pool.map(lambda i: parallel.name_of_start(store, i, 3), range(3))) for _ in range(3)]
+    assert [len(set(names)) for names in starts] == [1, 1, 1] and len({names[0] for names in starts}) == 3
 
 
 # ---- Who does what

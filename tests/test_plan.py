@@ -80,10 +80,31 @@ def test_time_by_hand() -> None:
 def test_layers_run_again_only_where_that_is_needed() -> None:
     needed = memory(SIZE, KINDS["sft"], WORK)["peak"]
     device = Device(1, 1, 1)
-    assert [(row.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, needed)] == [(False, True)]
-    assert [(row.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, needed - 1)] == [(True, True)]
-    assert [(row.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, 16_000)] == [(True, False)]
-    assert [row.split for row in rows({"sft": SIZE}, replace(WORK, devices=2), device, needed)] == [False, True]
+    assert [(row.work.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, needed)] == [(False, True)]
+    assert [(row.work.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, needed - 1)] == [(True, True)]
+    assert [(row.work.recompute, row.fits) for row in rows({"sft": SIZE}, WORK, device, 16_000)] == [(True, False)]
+    assert [row.work.split for row in rows({"sft": SIZE}, replace(WORK, devices=2), device, needed)] == [False, True]
+
+
+def test_answers_are_drawn_with_split_weights_only_where_that_is_needed() -> None:
+    # One answer at a time of a large model: sampling is what takes the most.
+    size, kind = replace(SIZE, weights=10**6, trained=10**4, trained_head=0), "raft, online-dpo, rloo, grpo"
+    work, device = replace(WORK, sampled_rows=1, devices=8, split=True), Device(1e9, 1e9, 1e6)
+    together, apart = (memory(size, KINDS[kind], replace(work, apart=choice)) for choice in (False, True))
+    assert together["sampling"] - apart["sampling"] == 4 * 10**6 - 4 * (2 * 200 + 200)
+    assert apart["start"] == together["start"] and apart["weights"] == together["weights"]
+    found = {room: rows({kind: size}, work, device, room)[1] for room in (together["peak"], together["peak"] - 1)}
+    assert [(row.work.apart, row.fits) for row in found.values()] == [(False, True), (True, True)]
+    # One batch of five new tokens, each of which brings all weights from the other devices.
+    known, slower = (row.seconds for row in found.values())
+    assert slower - known == pytest.approx(5 * 4 * 10**6 / 1e6)
+
+
+def test_a_reward_model_is_split_with_the_rest() -> None:
+    work = replace(WORK, devices=4, reward=500)
+    whole, split = (memory(SIZE, KINDS["ppo"], replace(work, split=choice)) for choice in (False, True))
+    assert whole["frozen"] == 4 * 1500 and split["frozen"] == 1500
+    assert memory(SIZE, KINDS["sft"], work)["frozen"] == 0, "methods that do not sample ask no reward"
 
 
 def test_the_size_of_a_model_is_that_of_the_real_one() -> None:

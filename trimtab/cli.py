@@ -97,6 +97,7 @@ COMMANDS = {
     "data show": Command("data", "Show", "show", "one batch as the model sees it, its loss mask in colour"),
     "plan": Command("plan", "Plan", "plan", "what training a model takes on some devices, and what fits"),
     "report": Command("report", "Report", "report", "run directories as one self-contained HTML page"),
+    "watch": Command("watch", "Watch", "watch", "the same page in a browser, live while runs go on"),
 }
 
 USAGE_ERROR = 2

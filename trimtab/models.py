@@ -13,7 +13,8 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ from trimtab.batches import PerSequence, PerToken, Tokens, move
 from trimtab.bodies import Body, LanguageModel, ScalarForward, at_responses, probe_tokens
 from trimtab.memory import layers_of
 from trimtab.precision import Precision, choose_device, choose_dtype
+from trimtab.progress import console
 from trimtab.projection import (
     ComparedStatistics,
     Measure,
@@ -214,18 +216,29 @@ class Policy:
         """Split the weights over all ranks, once; see `parallel.split_weights`. Copies must have been made before."""
         self.blank = self.blank or split(self)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether its weights are split over the ranks, so that all of them run it together."""
+        return self.blank is not None
+
     @contextmanager
     def whole(self) -> Iterator[Policy]:
-        """The policy with all its weights here: itself, or where they are split a copy, as long as this is open.
+        """The policy with all its weights here, as long as this is open: itself, or where they are split a copy.
 
-        ValueError where there is no room for one.
+        Where some rank has no room for a copy, it stays split.
         """
+        # Sampling makes copies of its own in bf16.
+        copies = 1.5 if self.arithmetic.autocast else 1.0
         if self.blank is None:
             yield self
             return
-        parallel.check_room(self.model, self.device)
+        if not parallel.has_room(self.model, self.device, copies=copies):
+            say_apart()
+            yield self
+            return
         with filled(self, everywhere=True) as network:
-            copied = Policy(network, self.tokenizer, self.arithmetic, self.blank.adapter)
+            arithmetic = replace(self.arithmetic, keeps_copies=True)
+            copied = Policy(network, self.tokenizer, arithmetic, self.blank.adapter)
             copied.module.temperature = self.module.temperature
             yield copied
 
@@ -375,6 +388,11 @@ class ScalarModel:
         """Split the weights over all ranks, once; see `parallel.split_weights`."""
         self.blank = self.blank or split(self)
 
+    @property
+    def is_split(self) -> bool:
+        """As `Policy.is_split`."""
+        return self.blank is not None
+
     @torch.no_grad()
     def scale_by(self, factor: float) -> None:
         """Multiply all scores by `factor`, inside the head's weight.
@@ -444,7 +462,15 @@ def split(model: Policy | ScalarModel) -> Blank:
     adapter = copy.deepcopy(model.adapter, dict(own))
     network = network_of(adapter) if adapter else copy.deepcopy(model.model, dict(own))
     parallel.split_weights(model.module, layers_of(model.model), model.device)
+    # Else a pass would put the whole model together in bf16.
+    model.arithmetic = replace(model.arithmetic, keeps_copies=False)
     return Blank(network, adapter)
+
+
+@cache
+def say_apart() -> None:
+    """Say once why sampling takes long."""
+    console.print("no room to put the policy together on every device: sampling with split weights, which is slower")
 
 
 @contextmanager

@@ -14,21 +14,26 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trimtab.batches import Mean, PerToken, Tokens, pieces
@@ -44,7 +49,6 @@ SECONDS_TO_STOP = 600
 """How long ranks that are asked to stop may take to end their step and save."""
 ENOUGH = 0.9
 """The share of the free memory that a policy's weights may take when they are put together for sampling."""
-GIB = 2**30
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
@@ -86,11 +90,39 @@ def start() -> None:
                 "devices: start one for each, or set CUDA_VISIBLE_DEVICES to nothing and use processors."
             )
         torch.cuda.set_device(local)
+    store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
+    store = PrefixStore(name_of_start(store, number, count), store)
     # Both, so that small things are exchanged without the device.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     if not is_first():
         console.quiet = True
         warnings.simplefilter("ignore")
+
+
+def name_of_start(store: Store, number: int, count: int) -> str:
+    """A name for this start of `count` processes that all of them know, of which this is the one with this number.
+
+    torchrun keeps what was stored by processes that it has started before, and who finds that waits for the dead. So
+    each process asks the first one, under a name of its own.
+    """
+    own = uuid4().hex
+    if not number:
+        for other in range(1, count):
+            tell_name(store, own, other)
+        return own
+    store.set(f"name of {number}", own)
+    name = store.get(f"start of {own}").decode()
+    store.set(f"{name} known to {number}", "")
+    return name
+
+
+def tell_name(store: Store, name: str, other: int) -> None:
+    """Tell another process the name of this start, under any name that it has or had, until it knows."""
+    while not store.check([f"{name} known to {other}"]):
+        if store.check([f"name of {other}"]):
+            store.set(f"start of {store.get(f'name of {other}').decode()}", name)
+        time.sleep(0.02)
 
 
 def finish() -> None:
@@ -196,11 +228,15 @@ def shares(count: int) -> list[range]:
     return [range(count * i // ranks(), count * (i + 1) // ranks()) for i in range(ranks())]
 
 
-def over_ranks(work: Callable[[Sequence[T]], Iterable[S]], things: Sequence[T]) -> list[S]:
-    """`work(things)`, in order and on every rank, each rank doing its share; where one fails, all do."""
+def over_ranks(work: Callable[[Sequence[T]], Iterable[S]], things: Sequence[T], *, meeting: bool = False) -> list[S]:
+    """`work(things)`, in order and on every rank, each rank doing its share; where one fails, all do.
+
+    With `meeting`, ranks meet inside the work: all of them begin it, even with nothing to do, and who fails ends at
+    once, for the others could not be told.
+    """
     mine, done = shares(len(things))[rank()], []
-    with AllOrNone():
-        if mine:
+    with nullcontext() if meeting else AllOrNone():
+        if mine or meeting:
             done = list(work(things[mine.start : mine.stop]))
     return [one for part in gather(done) for one in part]
 
@@ -251,6 +287,23 @@ def in_chunks(
     if ranks() > 1:
         dist.all_reduce(found)  # every number is some rank's, and zero elsewhere
     return found
+
+
+@contextmanager
+def in_step(run: Callable[[Callable[[], T]], T], idle: Callable[[], Any]) -> Iterator[Callable[[Callable[[], T]], T]]:
+    """A way to run passes of a split model of which no rank knows beforehand how many others will make.
+
+    Before each pass ranks tell each other whether any has one to make; a rank that has left this runs `idle` with those
+    that have not. An error leaves at once: in a pass nobody listens.
+    """
+
+    def together(task: Callable[[], T]) -> T:
+        largest(1)
+        return run(task)
+
+    yield together
+    while largest(0):
+        run(idle)
 
 
 # ---- Sums
@@ -354,15 +407,10 @@ def empty(blank: nn.Module) -> None:
         parameter.data = parameter.data.new_empty(0)
 
 
-def check_room(network: nn.Module, device: torch.device) -> None:
-    """ValueError if a split network's weights do not fit together in what is free on any rank's device."""
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
-    free = min(gather(free_bytes(device)))
-    if needed > ENOUGH * free:
-        raise ValueError(
-            f"sampling needs the whole policy on every device: {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free. "
-            "Give devices with more memory, a smaller --micro-batch-rows, or --lora-rank."
-        )
+def has_room(network: nn.Module, device: torch.device, *, copies: float) -> bool:
+    """Whether `copies` times a split network's weights fit together in what is free on every rank's device."""
+    needed = copies * sum(parameter.numel() * parameter.element_size() for parameter in network.parameters())
+    return needed <= ENOUGH * min(gather(free_bytes(device)))
 
 
 def free_bytes(device: torch.device) -> float:

@@ -83,8 +83,10 @@ class Work:
     devices: int = 1
     split: bool = False
     recompute: bool = False
+    apart: bool = False
+    """Whether split weights stay split while answers are drawn."""
     reward: int = 0
-    """Weights of a reward model, which every device has whole."""
+    """Weights of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ def memory(size: Size, kind: Kind, work: Work) -> dict[str, float]:
     parts = work.devices if work.split else 1
     networks = 2 if kind.critic else 1
     has_copy = kind.reference and size.trained == size.weights  # without its adapter, a policy is its reference
+    frozen = size.weights * has_copy + work.reward * kind.samples
     told = {
-        "start": FLOAT * (size.weights * (networks + has_copy) + work.reward),  # models are read before they are split
+        "start": FLOAT * (networks * size.weights + frozen),  # models are read before they are split
         "weights": networks * FLOAT * size.weights / parts,
-        "frozen": FLOAT * (size.weights * has_copy / parts + work.reward),
+        "frozen": FLOAT * frozen / parts,
         "optimizer": networks * 2 * FLOAT * size.trained / parts,
         "gradients": networks * FLOAT * size.trained / parts,
         "activations": networks * activations(size, work),
@@ -136,13 +139,22 @@ def logits(size: Size) -> float:
 
 def together(size: Size) -> float:
     """Split weights that are together while they are used, and the gradients of a layer before they are split."""
-    whole = LAYERS_TOGETHER * size.layer + size.outside
-    return FLOAT * whole * (2 if size.trained == size.weights else 1)
+    return in_use(size) * (2 if size.trained == size.weights else 1)
+
+
+def in_use(size: Size) -> float:
+    """Split weights that are together at a time."""
+    return FLOAT * (LAYERS_TOGETHER * size.layer + size.outside)
 
 
 def sampling(size: Size, work: Work) -> float:
-    """Keys and values of the answers, the weights as products read them, and all of them where they are split."""
+    """Keys and values of the answers, the weights as products read them, and all of them where they are split.
+
+    Where they stay split, those of some layers.
+    """
     cache = work.sampled_rows * work.length * size.key_values * size.bytes_of_products
+    if work.apart:
+        return cache + in_use(size)
     copies = size.bytes_of_products * size.weights if size.bytes_of_products < FLOAT else 0
     return cache + copies + (FLOAT * size.weights if work.split else 0)
 
@@ -162,11 +174,15 @@ def seconds(size: Size, kind: Kind, work: Work, device: Device) -> float:
 
 
 def drawing(size: Size, kind: Kind, work: Work, device: Device) -> float:
-    """Seconds of sampling: every new token of a batch of rows reads all weights once."""
+    """Seconds of sampling: every new token of a batch of rows reads all weights once, which come from other devices
+    where they stay split.
+    """
     if not kind.samples:
         return 0.0
     batches = -(-work.rows // (work.devices * work.sampled_rows))
-    return batches * work.new_tokens * size.weights * size.bytes_of_products / device.memory
+    token = size.weights * size.bytes_of_products / device.memory
+    token += FLOAT * size.weights / device.link if work.apart else 0
+    return batches * work.new_tokens * token
 
 
 def exchange(size: Size, work: Work, networks: int) -> float:
@@ -242,18 +258,17 @@ def fake_of(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train: its method, sharding and checkpointing, its memory and seconds, and whether it fits."""
+    """One way to train: its method and how it is done, its memory and seconds, and whether it fits."""
 
     method: str
-    split: bool
-    recompute: bool
+    work: Work
     memory: Mapping[str, float]
     seconds: float
     fits: bool
 
 
 def rows(sizes: Mapping[str, Size], work: Work, device: Device, room: float) -> list[Row]:
-    """Every method in `sizes` on these devices, whole and split; layers are run again only where that makes it fit."""
+    """Every method in `sizes` on these devices, whole and split."""
     return [
         row_of(method, size, replace(work, split=split), device, room)
         for method, size in sizes.items()
@@ -262,10 +277,14 @@ def rows(sizes: Mapping[str, Size], work: Work, device: Device, room: float) -> 
 
 
 def row_of(method: str, size: Size, work: Work, device: Device, room: float) -> Row:
-    """One way to train, with the checkpointing that it needs."""
+    """The quickest way to train that fits, or where none does the one that needs the least memory.
+
+    Running layers again takes time, drawing answers with split weights more.
+    """
     kind = KINDS[method]
     needed: Callable[[Work], dict[str, float]] = partial(memory, size, kind)
-    recompute = needed(work)["peak"] > room
-    work = replace(work, recompute=recompute)
-    told = needed(work)
-    return Row(method, work.split, recompute, told, seconds(size, kind, work, device), told["peak"] <= room)
+    may_be_apart = (False, True) if work.split and kind.samples else (False,)
+    ways = [replace(work, recompute=again, apart=apart) for apart in may_be_apart for again in (False, True)]
+    chosen = next((way for way in ways if needed(way)["peak"] <= room), ways[-1])
+    told = needed(chosen)
+    return Row(method, chosen, told, seconds(size, kind, chosen, device), told["peak"] <= room)

@@ -21,10 +21,14 @@ class Precision:
 
     autocast: torch.dtype | None
     why: str
+    keeps_copies: bool = True
+    """Whether the weights that autocast has rounded are kept as long as a context is open."""
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """Where the body runs."""
-        return torch.autocast(device.type, dtype=self.autocast) if self.autocast else nullcontext()
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast, cache_enabled=self.keeps_copies)
 
 
 def choose_dtype(requested: str, device: torch.device) -> Precision:

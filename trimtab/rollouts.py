@@ -41,8 +41,8 @@ from trimtab.kl import KL_ESTIMATORS, AdaptiveCoefficient, FixedCoefficient, KlB
 from trimtab.losses.arguments import check_arguments, parse_arguments
 from trimtab.losses.value import explained_variance
 from trimtab.parallel import in_chunks
-from trimtab.records import Answer, Prompt
-from trimtab.rewards import Mixture, Reward, checked
+from trimtab.records import Prompt
+from trimtab.rewards import Mixture, ModelReward, Reward, checked
 from trimtab.sampling import Samples
 
 LogprobsOf = Callable[[Tokens], PerToken]
@@ -278,30 +278,28 @@ def derived_seed(*numbers: int) -> int:
 
 def score(reward: Reward, samples: Samples) -> Scored:
     """Rewards of answers, each part asked once."""
-    prompts, answers = samples.row_prompts, samples.answers
-    parts = rewards_of(reward.parts, samples) if isinstance(reward, Mixture) else {}
-    rewards = reward.combine(parts) if isinstance(reward, Mixture) else rewards_of(as_one(reward), samples)[""]
-    return Scored(samples, checked(reward.name, prompts, answers, rewards), parts)
+    if not isinstance(reward, Mixture):
+        return Scored(samples, ask(reward, samples))
+    parts = {part.name: ask(part, samples) for part in reward.rewards}
+    return Scored(samples, checked(reward.name, samples.row_prompts, samples.answers, reward.combine(parts)), parts)
 
 
-Parts = Mapping[str, Sequence[float | None]]
+def ask(reward: Reward, samples: Samples) -> Sequence[float | None]:
+    """What a reward says of all answers; those to a prompt are asked about together, on one rank.
 
+    A model whose weights are split over the ranks is asked on all of them at once.
+    """
+    if isinstance(reward, Mixture):
+        return score(reward, samples).rewards
+    n, prompts, answers = samples.n, samples.row_prompts, samples.answers
+    if isinstance(reward, ModelReward) and reward.model.is_split:
+        return reward(prompts, answers)
 
-def as_one(reward: Reward) -> Callable[[Sequence[Prompt], Sequence[Answer]], Parts]:
-    """A reward as the only part of itself."""
-    return lambda prompts, answers: {"": reward(prompts, answers)}
-
-
-def rewards_of(parts: Callable[[Sequence[Prompt], Sequence[Answer]], Parts], samples: Samples) -> Parts:
-    """The parts of a reward for all answers; the answers to a prompt are asked about together, on one rank."""
-    n, asked, answers = samples.n, samples.row_prompts, samples.answers
-
-    def of_prompts(places: Sequence[int]) -> list[Parts]:
+    def of_prompts(places: Sequence[int]) -> Sequence[float | None]:
         rows = slice(places[0] * n, (places[-1] + 1) * n)
-        return [parts(asked[rows], answers[rows])]
+        return checked(reward.name, prompts[rows], answers[rows], reward(prompts[rows], answers[rows]))
 
-    told = parallel.over_ranks(of_prompts, range(len(samples.prompts)))
-    return {name: [reward for some in told for reward in some[name]] for name in told[0]}
+    return parallel.over_ranks(of_prompts, range(len(samples.prompts)))
 
 
 def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: History) -> PerSequence:
@@ -313,8 +311,7 @@ def expected(scored: Scored, stages: Stages, algorithm: Algorithm, history: Hist
     if algorithm.advantage != "remax":
         return torch.full((len(scored.rewards),), usual)
     samples = stages.greedy(scored.samples.prompts)
-    rewards = rewards_of(as_one(stages.reward), samples)[""]
-    scores = Scored(samples, rewards).scores(usual)
+    scores = Scored(samples, ask(stages.reward, samples)).scores(usual)
     greedy = with_unfinished_score(scores, samples.finished, algorithm.unfinished_score)
     return greedy.repeat_interleave(scored.samples.n)
 

@@ -94,7 +94,7 @@ def test_every_figure_has_a_place_and_every_place_a_figure(page: Page):
 
 
 def test_the_page_says_what_it_must(page: Page):
-    said = ("DPO raised the gold reward by 0.30", "Review a film.", "trimtab dpo", "lr: 0.1", '"seed": 7', "dpo-run")
+    said = ("DPO raised the gold reward by 0.30", "trimtab dpo", "lr: 0.1", '"seed": 7', "dpo-run")
     assert [text for text in said if text not in page.text] == []
 
 
@@ -131,29 +131,9 @@ def test_hostile_text_is_text_wherever_it_stands(tmp_path: Path, hostile: str):
     assert len(page.named("script")) == len(Page(harmless).named("script"))
     assert not [at for _, at in page.elements if any(name.startswith("on") for name in at)]
     assert not page.named("img")
-    assert page.text.count(hostile) >= 6  # title, heading, prompt, two answers, command
-
-
-def test_texts_stand_in_order_of_change(tmp_path: Path):
-    def entry(prompt: str, after: float) -> dict[str, Any]:
-        return {"prompt": prompt, "answers": {"start": {"text": "a", "gold": 0.0}, "dpo": {"text": "b", "gold": after}}}
-
-    summary = make_summary([entry("SMALL", 0.1), entry("LARGE", -0.9), entry("MIDDLE", 0.5)])
-    text = Page(write_report([], tmp_path / "report.html", summary)).text
-    assert text.index("LARGE") < text.index("MIDDLE") < text.index("SMALL")
-
-
-def test_samples_of_a_run_are_shown_where_no_summary_has_texts(tmp_path: Path):
-    rows = [
-        {"step": 0, "prompt": "Why?", "response": "Because."},
-        {"step": 5, "prompt": "Why?", "response": "No idea.", "reward": -1.5},
-        {"prompt": [{"role": "user", "content": "Who?"}], "response": "Me."},
-    ]
-    samples = "".join(json.dumps(row) + "\n" for row in rows)
-    page = Page(write_report([make_run(tmp_path / "run", samples_jsonl=samples)], tmp_path / "report.html"))
-    assert len(page.named("article")) == 2
-    said = ("step 0", "Because.", "step 5", "No idea.", "reward −1.50", "user: Who?", "sample 1")
-    assert [text for text in said if text not in page.text] == []
+    assert page.text.count(hostile) >= 3  # title, heading, command
+    [texts] = [json.loads(script)["texts"] for script in page.scripts if script.startswith('{"orders')]
+    assert [texts[0]["prompt"], *(answer["text"] for answer in texts[0]["answers"])] == [hostile] * 3
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 100])
@@ -191,7 +171,8 @@ def test_a_missing_run_and_a_torn_line_are_named(tmp_path: Path):
 
 
 def test_a_lone_surrogate_is_no_reason_to_fail(tmp_path: Path):
-    summary = make_summary([{"prompt": "half \ud83d", "answers": {"start": {"text": "x"}}}])
+    texts = [{"prompt": "half \ud83d", "answers": {"start": {"text": "x"}}}]
+    summary = make_summary(texts, commands=["half \ud83d"])
     assert "half ?" in Page(write_report([], tmp_path / "report.html", summary)).text
 
 

@@ -38,6 +38,7 @@ class CharacterModel:
     tokenizer: Any
     pad_id: int
     device: torch.device
+    is_split: bool = False
 
     def scores(self, tokens: Tokens) -> torch.Tensor:
         real = tokens.attention_mask.float()

@@ -44,7 +44,7 @@ def learn_from_fresh(
     policy, reward, prompts = online.load_parts(config, load)
     run = online.open_run(command, config, policy, prompts)
     reference, tally = policy.reference(), Tally()
-    training.split_weights(run, config, policy, reference)
+    training.split_weights(run, config, policy, reference, *online.reward_models(reward))
     learner = training.make_learner(policy, FreshObjective(objective), config.steps, config.steps.steps)
     measure = measure_of(reward)
     safety = online.resume(run, learner, config, {"tally": tally}, prompts["train"], measure)

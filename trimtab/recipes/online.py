@@ -22,7 +22,7 @@ from trimtab.progress import console
 from trimtab.recipes import training
 from trimtab.recipes.options import settings_of
 from trimtab.records import Prompt
-from trimtab.rewards import Reward, parse_rewards
+from trimtab.rewards import Mixture, ModelReward, Reward, parse_rewards
 from trimtab.rollouts import Account, Scored, Stages, score
 from trimtab.run import Run
 from trimtab.safety import Safety
@@ -49,6 +49,13 @@ def load_parts(config: Any, load: Callable[[Any], Reward]) -> tuple[Policy, Rewa
 def load_reward(config: Any) -> Reward:
     """The reward of all --reward flags together."""
     return parse_rewards(config.reward.reward, config.reward.reward_weights, **reward_options(config))
+
+
+def reward_models(reward: Reward) -> list[ScalarModel]:
+    """The reward models that a reward asks, those of a judge and the policies of implicit rewards left out."""
+    if isinstance(reward, Mixture):
+        return [model for part in reward.rewards for model in reward_models(part)]
+    return [reward.model] if isinstance(reward, ModelReward) else []
 
 
 def reward_options(config: Any) -> dict[str, Any]:

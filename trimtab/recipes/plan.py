@@ -84,6 +84,7 @@ def check(config: Plan) -> None:
         raise ValueError(f"--lora-rank {config.lora_rank}: a rank above 0, or 0 to train all weights.")
 
 
+WAYS = ("--shard", "layers again", "drawn split")
 COLUMNS = (
     *("start", "weights", "frozen", "optimizer", "gradients"),
     *("activations", "logits", "together", "sampling", "peak"),
@@ -95,9 +96,10 @@ def show(found: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "--shard", "layers again", *COLUMNS, "s/step", "fits", title="GiB on each device")
+    table = Table("method", *WAYS, *COLUMNS, "s/step", "fits", title="GiB on each device")
     for row in found:
         sizes = [f"{row.memory[name] / 2**30:.2f}" for name in COLUMNS]
-        ways = ("full" if row.split else "none", "yes" if row.recompute else "no")
+        work = row.work
+        ways = ("full" if work.split else "none", *("yes" if way else "no" for way in (work.recompute, work.apart)))
         table.add_row(row.method, *ways, *sizes, f"{row.seconds:.3g}", "yes" if row.fits else "NO")
     Console(width=None if Console().is_terminal else 200).print(table)

@@ -361,7 +361,8 @@ class Judged:
         self.add(f"best-of-{n}", gold_n, proxy_n, torch.full((len(gold),), kl_bound(n)), length_n)
         self.methods[-1]["kl_is_bound"] = True
         for i, best in enumerate(best_of(proxy).tolist()):
-            self.texts[i]["answers"][f"best-of-{n}"] = self.answer(samples, i, best, gold, proxy)
+            answer = self.answer(samples, i, best, gold, proxy)
+            self.texts[i]["answers"][f"best-of-{n}"] = answer | {"kl": kl_bound(n), "kl_is_bound": True}
 
     def trained(self, method: str, run: Path, prompts: Sequence[Prompt]) -> None:
         """A trained policy: its checkpoints as points of the frontier, its final model as a method."""
@@ -376,7 +377,7 @@ class Judged:
         self.frontier.append({"method": method, "step": None, "kl": kl.mean().item(), "gold": gold.mean().item()})
         self.add(method, gold.mean(-1), proxy.mean(-1), kl.mean(-1), lengths.mean(-1))
         for i, text in enumerate(self.texts):
-            text["answers"][method] = self.answer(samples, i, 0, gold, proxy)
+            text["answers"][method] = self.answer(samples, i, 0, gold, proxy) | {"kl": kl[i, 0].item()}
         drop_checkpoints(run)
 
     def judge(self, path: Path, prompts: Sequence[Prompt], answers: int) -> tuple[Samples, Any, Any, Any, Any]:

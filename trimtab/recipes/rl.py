@@ -80,7 +80,8 @@ def rl(config: Rl) -> None:
     critic = load_critic(policy, reward, config) if algorithm.critic else None
     run = online.open_run("rl", config, policy, prompts)
     reference, size = policy.reference(), config.algorithm.group_size
-    training.split_weights(run, config, policy, reference, *([critic] if critic else []))
+    beside = [*([critic] if critic else []), *online.reward_models(reward)]
+    training.split_weights(run, config, policy, reference, *beside)
     learner = learner_of(policy, critic, shown, algorithm, config)
     measure = online.reward_measure(reward)
     safety = online.resume(run, learner, config, {"history": history}, prompts["train"], measure)

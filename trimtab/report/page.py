@@ -1,7 +1,8 @@
 """The page: what stands where, and how it is written down as one file.
 
 Everything that a run or a summary says is text here: the template escapes it, and what scripts read is JSON in which
-no tag can end. A content security policy forbids the page every request.
+no tag can end. A content security policy forbids the page every request; a page that `trimtab watch` serves may ask its
+own origin, and nobody else.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from trimtab.report.data_facts import data_table
 from trimtab.report.figures import Figure, frontier_figure, lengths_figure, run_figures
 from trimtab.report.frontiers import frontier_figures
 from trimtab.report.histograms import before_and_after, histogram_figures, of_methods
+from trimtab.report.live import Live
 from trimtab.report.outcome import outcome
-from trimtab.report.read import RunRecord, checked_samples, read_runs
+from trimtab.report.read import RunRecord, read_runs
 from trimtab.report.stages import stages
 from trimtab.report.summary import START, Interval, interval, method_color, method_name
+from trimtab.report.texts import reading
 from trimtab.report.words import plain, signed, verdict
 
 SHOWN_ELSEWHERE = {"methods", "texts", "commands", "frontier", "notes"}
@@ -60,35 +63,6 @@ class Row:
     length: Interval | None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One method's answer in a text card; `change` is its gold reward minus the start model's."""
-
-    name: str
-    color: str
-    text: str
-    figures: list[tuple[str, str]]
-    change: float | None
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt and the answers to it, side by side."""
-
-    prompt: str
-    answers: list[Answer]
-
-    @property
-    def changed(self) -> float:
-        """The largest change of the gold reward, either way."""
-        return max((abs(answer.change) for answer in self.answers if answer.change is not None), default=0.0)
-
-    @property
-    def worst(self) -> float:
-        """The change of the answer that lost most, or gained least."""
-        return min((answer.change for answer in self.answers if answer.change is not None), default=0.0)
-
-
 def write_report(runs: Sequence[Path], out: Path, summary: Mapping[str, Any] | None = None) -> Path:
     """Write the report of these run directories, and of a summary that compares methods, to the HTML file `out`.
 
@@ -101,8 +75,8 @@ def write_report(runs: Sequence[Path], out: Path, summary: Mapping[str, Any] | N
     return out
 
 
-def render(runs: Sequence[RunRecord], summary: Mapping[str, Any]) -> str:
-    """The page as text."""
+def render(runs: Sequence[RunRecord], summary: Mapping[str, Any], live: Live | None = None) -> str:
+    """The page as text; with `live` as it is served while runs go on, and may ask its own origin for news."""
     environment = Environment(loader=PackageLoader("trimtab.report"), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"plain": plain, "signed": signed}
     overview = [figure for figure in (frontier_figure(summary), lengths_figure(summary)) if figure]
@@ -121,12 +95,13 @@ def render(runs: Sequence[RunRecord], summary: Mapping[str, Any]) -> str:
         tables=[found for run in runs if (found := data_table(run))],
         place=partial(_place, placed),
         placed=placed,
-        texts=texts(summary, runs),
+        texts=reading(summary, runs),
+        live=live,
         commands=summary.get("commands", ()),
         facts=_readable({key: value for key, value in summary.items() if key not in SHOWN_ELSEWHERE}),
         readable=_readable,
-        style=_resource("report.css"),
-        script=_resource("report.js"),
+        style=_resources("report.css", "texts.css", *(["live.css"] if live else [])),
+        script=_resources(*(["live.js"] if live else []), "report.js", "texts.js"),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -159,8 +134,9 @@ def _for_script(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _resource(name: str) -> Markup:
-    return Markup(resources.files("trimtab.report").joinpath("templates", name).read_text(encoding="utf-8"))
+def _resources(*names: str) -> Markup:
+    folder = resources.files("trimtab.report").joinpath("templates")
+    return Markup("\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names))
 
 
 def _readable(value: Mapping[str, Any]) -> str:
@@ -185,45 +161,3 @@ def _row(entry: Mapping[str, Any], low: float, high: float) -> Row:
 def _strip(gain: Interval, low: float, high: float) -> Strip:
     scale = (STRIP_WIDTH - 12) / ((high - low) or 1.0)
     return Strip(*(round(6 + (at - low) * scale, 1) for at in (gain.low, gain.value, gain.high, 0.0)))
-
-
-def texts(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> list[Text]:
-    """The texts to read, most changed first: the summary's, or without any the samples of the runs."""
-    found = [_text(entry) for entry in summary.get("texts") or ()]
-    found = found or [text for run in runs for text in _sampled(run)]
-    return sorted(found, key=lambda text: text.changed, reverse=True)
-
-
-def _text(entry: Mapping[str, Any]) -> Text:
-    answers = entry["answers"]
-    before = interval(answers.get(START, {}), "gold")
-    return Text(_prompt(entry["prompt"]), [_answer(method, answer, before) for method, answer in answers.items()])
-
-
-def _answer(method: str, answer: Mapping[str, Any], before: Interval | None) -> Answer:
-    gold = interval(answer, "gold")
-    figures = [(key, plain(found.value)) for key in ("gold", "proxy") if (found := interval(answer, key))]
-    change = gold.value - before.value if gold and before and method != START else None
-    return Answer(method_name(method), method_color(method), str(answer["text"]), figures, change)
-
-
-def _sampled(run: RunRecord) -> list[Text]:
-    """What a run's policy said, one card a prompt, its answers in the order of their rows."""
-    by_prompt: dict[str, list[Answer]] = {}
-    for row in checked_samples(run):
-        if "answers" in row:  # the answers of several methods in one row, as in a summary
-            by_prompt.setdefault(_prompt(row["prompt"]), []).extend(_text(row).answers)
-            continue
-        answers = by_prompt.setdefault(_prompt(row["prompt"]), [])
-        name = f"step {row['step']}" if "step" in row else f"sample {len(answers) + 1}"
-        score = interval(row, "reward")
-        figures = [("reward", plain(score.value))] if score else []
-        answers.append(Answer(name, "c1", str(row["response"]), figures, None))
-    return [Text(prompt, answers) for prompt, answers in by_prompt.items()]
-
-
-def _prompt(prompt: Any) -> str:
-    """A prompt as text: a string as it stands, a conversation with its roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

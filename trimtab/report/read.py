@@ -76,24 +76,6 @@ def read_run(directory: Path, name: str = "") -> RunRecord:
     )
 
 
-def checked_samples(run: RunRecord) -> Rows:
-    """What a run's policy said. ValueError for a row without a prompt or without an answer."""
-    for place, row in enumerate(run.samples, 1):
-        where = f"Run '{run.name}': samples.jsonl: row {place}"
-        several = row.get("answers")
-        answered = _all_have(several.values(), "text") if isinstance(several, dict) else "response" in row
-        asked = row.get("prompt")
-        if not (isinstance(asked, str) or (isinstance(asked, list) and _all_have(asked, "role", "content"))):
-            raise ValueError(f"{where}: prompt: expected a text or a list of messages")
-        if not answered or ("answers" in row and not isinstance(several, dict)):
-            raise ValueError(f"{where}: expected a response, or answers by method, each with its text")
-    return run.samples
-
-
-def _all_have(entries: Iterable[Any], *names: str) -> bool:
-    return all(isinstance(entry, dict) and entry.keys() >= set(names) for entry in entries)
-
-
 def _required(directory: Path, name: str) -> Path:
     path = directory / name
     if not path.exists():

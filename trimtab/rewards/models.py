@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.batches import Tokens, move
+from trimtab.parallel import in_chunks
 from trimtab.progress import progress_bar
 from trimtab.records import Answer, Demonstration, Prompt
 from trimtab.rewards.scores import checked
@@ -34,8 +35,11 @@ class ModelReward:
     batch_rows: int = 16
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[float | None]:
-        rows = answer_rows(self.model.tokenizer, prompts, answers, self.max_length, self.overlong)
-        values = in_batches(rows, self.model.scores, self.model.pad_id, self.model.device, self.batch_rows, self.name)
+        rows, model = answer_rows(self.model.tokenizer, prompts, answers, self.max_length, self.overlong), self.model
+        if model.is_split:
+            values = on_all_ranks(rows, model, self.batch_rows)
+        else:
+            values = in_batches(rows, model.scores, model.pad_id, model.device, self.batch_rows, self.name)
         return checked(self.name, prompts, answers, values)
 
 
@@ -56,6 +60,16 @@ def answer_rows(
         if counts.dropped:
             raise ValueError(f"some answers cannot be cut to length and still be scored: {counts}")
     return [item.rows[0] for item in items]
+
+
+def on_all_ranks(rows: Sequence[Row], model: ScalarModel, batch_rows: int) -> list[float]:
+    """One score a row of a model whose weights are split; all ranks ask for the same rows, and each does its share."""
+    from trimtab.models import last_columns
+
+    tokens = pad(rows, model.pad_id)
+    shortest_first = tokens.attention_mask.sum(-1).argsort(stable=True)
+    values = in_chunks(model.values, tokens, batch_rows, order=shortest_first)
+    return values.gather(1, last_columns(tokens)[:, None])[:, 0].tolist()
 
 
 @torch.no_grad()

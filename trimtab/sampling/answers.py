@@ -127,7 +127,7 @@ def sample(  # noqa: PLR0913 (what one may set about sampling, each by its name)
                     advance(len(batch.all_answers))
             return list(own)
 
-        groups = over_ranks(written, [answers[i : i + n] for i in range(0, len(answers), n)])
+        groups = over_ranks(written, [answers[i : i + n] for i in range(0, len(answers), n)], meeting=here.is_split)
     return collect(policy, prompts, n, [answer for group in groups for answer in group], ending)
 
 

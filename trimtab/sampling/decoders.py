@@ -1,7 +1,8 @@
 """Decoders: what has been read so far, and the logits of the next token, for a batch of rows that grow token by token.
 
 There are two, and `decoders` chooses: `LeanDecoder` for Llama and its relatives, `CacheDecoder` through transformers'
-own forward for every other family. Each prompt is read once, then its answers continue from copies.
+own forward for every other family and for weights that stay split over ranks. Each prompt is read once, then its
+answers continue from copies.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +21,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from trimtab.batches import Tokens
-from trimtab.bodies import positions_of, probe_tokens
+from trimtab.bodies import positions_of, probe_tokens, run_rows
+from trimtab.parallel import in_step
 from trimtab.precision import fast_products
 from trimtab.projection import Head, head_of
 from trimtab.sampling.key_values import KeyValues, with_room
@@ -30,6 +32,7 @@ from trimtab.sampling.products import Product, projection_of
 if TYPE_CHECKING:
     from trimtab.models import Policy
 
+T = TypeVar("T")
 Logits = Float[Tensor, "B V"]
 
 
@@ -45,6 +48,7 @@ class Decoder(Protocol):
         ...
 
 
+Run = Callable[[Callable[[], Logits]], Logits]
 Start = Callable[[Tokens, Int[Tensor, " B"]], tuple[Decoder, Logits]]
 """(prompts, left-padded; the prompt of each row to write) -> a decoder of these rows and their next tokens' logits."""
 
@@ -52,14 +56,29 @@ Start = Callable[[Tokens, Int[Tensor, " B"]], tuple[Decoder, Logits]]
 @contextmanager
 def decoders(policy: Policy) -> Iterator[Start]:
     """How rows are started, for as long as the policy's weights stay as they are. Use it without gradients."""
-    if is_lean(policy.model):
+    if policy.is_split:
+        with in_step(partial(run_split, policy), partial(run_rows, policy.model.base_model, one_token(policy))) as run:
+            yield partial(CacheDecoder.start, policy, run)
+    elif is_lean(policy.model):
         yield partial(LeanDecoder.start, *lean_parts(policy.model, policy.arithmetic.autocast or torch.float32))
     else:
         with weights_cast_once(policy):
-            yield partial(CacheDecoder.start, policy)
+            yield partial(CacheDecoder.start, policy, policy.module.run)
 
 
 # ---- Any family, through transformers
+
+
+def run_split(policy: Policy, task: Callable[[], T]) -> T:
+    """`task()` in the policy's precision, the weights that are split together as they are needed."""
+    with policy.precision():
+        return policy.module.run(task)
+
+
+def one_token(policy: Policy) -> Tokens:
+    """The shortest row: what a rank reads that only takes part."""
+    ids = torch.full((1, 1), policy.pad_id, device=policy.device)
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
 
 
 @contextmanager
@@ -81,26 +100,27 @@ def weights_cast_once(policy: Policy) -> Iterator[None]:
 
 
 class CacheDecoder:
-    """Rows read by the transformers model itself: its cache, and what of it is padding."""
+    """Rows read by the transformers model itself: its cache, and what of it is padding. `run` makes every pass."""
 
-    def __init__(self, policy: Policy, cache: Cache, mask: Tensor) -> None:
+    def __init__(self, policy: Policy, run: Run, cache: Cache, mask: Tensor) -> None:
         self.policy = policy
+        self.run = run
         self.cache = cache
         self.mask = mask
 
     @classmethod
-    def start(cls, policy: Policy, prompts: Tokens, rows: Int[Tensor, " B"]) -> tuple[Decoder, Logits]:
+    def start(cls, policy: Policy, run: Run, prompts: Tokens, rows: Int[Tensor, " B"]) -> tuple[Decoder, Logits]:
         """Read the prompts, then continue from copies of their cache."""
         cache = DynamicCache(config=policy.model.config)
-        decoder = cls(policy, cache, prompts.attention_mask)
-        logits = decoder._read(prompts.ids)
+        decoder = cls(policy, run, cache, prompts.attention_mask)
+        logits = run(partial(decoder._read, prompts.ids))
         decoder.keep(rows)
         cache.layers = [GrowingLayer.of(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return decoder, logits[rows]
 
     def step(self, ids: Int[Tensor, " B"]) -> Logits:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
-        return self._read(ids[:, None])
+        return self.run(partial(self._read, ids[:, None]))
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
         self.mask = self.mask[rows]

@@ -1,11 +1,14 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  const figures = JSON.parse(document.getElementById("figures").textContent);
-  const plots = [...document.querySelectorAll(".plot")];
+  let figures, plots;
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const SHOWN_AT_FIRST = 12;
   let chosen = null;
+
+  const read = () => {
+    figures = JSON.parse(document.getElementById("figures").textContent);
+    plots = [...document.querySelectorAll(".plot")];
+  };
 
   const style = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
 
@@ -29,7 +32,7 @@
   });
 
   const layout = ({ layout: { xaxis, yaxis, ...others } }) => ({
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true, uirevision: "kept",
     margin: { l: 48, r: 14, t: 26, b: 40 }, hovermode: "closest", bargap: 0.45,
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: style("muted") },
     hoverlabel: { bgcolor: style("panel"), bordercolor: style("line"), font: { color: style("ink") } },
@@ -54,35 +57,7 @@
     show();
   });
   system.addEventListener("change", show);
+  document.addEventListener("trimtab:changed", () => { read(); draw(); });
+  read();
   show();
-
-  const cards = document.getElementById("cards");
-  if (!cards) return;
-  const [search, order, count, more] = ["search", "order", "count", "more"].map((id) => document.getElementById(id));
-  let all = false;
-
-  const filter = () => {
-    const words = search.value.toLocaleLowerCase().split(/\s+/).filter(Boolean);
-    const found = [...cards.children].filter((card) => {
-      const text = card.textContent.toLocaleLowerCase();
-      card.hidden = !words.every((word) => text.includes(word));
-      return !card.hidden;
-    });
-    const surplus = all ? [] : found.slice(SHOWN_AT_FIRST);
-    for (const card of surplus) card.hidden = true;
-    more.hidden = surplus.length === 0;
-    more.textContent = "Show all " + found.length;
-    count.textContent = found.length + " of " + cards.children.length;
-  };
-  const sort = () => {
-    const worst = order.value === "worst";
-    const rank = (card) => (worst ? Number(card.dataset.worst) : -Number(card.dataset.changed));
-    cards.append(...[...cards.children].sort((a, b) => rank(a) - rank(b)));
-    filter();
-  };
-  search.addEventListener("input", filter);
-  search.form.addEventListener("submit", (event) => event.preventDefault());
-  order.addEventListener("change", sort);
-  more.addEventListener("click", () => { all = true; filter(); });
-  filter();
 })();
