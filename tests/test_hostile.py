@@ -74,7 +74,15 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index that leads out": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../b.safetensors"}}'),
-        "expected the name of a file beside it",
+        "expected for every tensor the name of a .safetensors file beside it",
+    ),
+    "an index that is a list": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}'),
+        "weight_map: found ['model.safetensors'], expected",
+    ),
+    "an index of folders": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": ".."}}'),
+        "weight_map: found '..', expected",
     ),
     "tokenizer is no JSON": (lambda f: (f / "tokenizer.json").write_text("{"), "could not be loaded"),
     "tokenizer of another shape": (lambda f: (f / "tokenizer.json").write_text('{"model": 1}'), "could not be loaded"),
@@ -275,7 +283,7 @@ def test_any_config_long(tmp_path: Path, capsys: Captured, monkeypatch: pytest.M
     config_ends_well(tmp_path, content, capsys)
 
 
-FIGURES = st.sampled_from(["step", "loss", "reward", "kl", "accuracy", "lr", "prompt", "response", "x"])
+FIGURES = st.sampled_from(["step", "loss", "reward", "kl", "accuracy", "lr", "prompt", "response", "answers", "x"])
 ROWS = st.lists(st.dictionaries(FIGURES, VALUE, max_size=4), max_size=4)
 LINES = BYTES | ROWS.map(lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode())
 OBJECT = BYTES | st.dictionaries(
@@ -305,6 +313,26 @@ def test_any_run_directory(tmp_path: Path, capsys: Captured, files: dict[str, by
 @given(files=st.fixed_dictionaries(FILES))
 def test_any_run_directory_long(tmp_path: Path, capsys: Captured, files: dict[str, bytes]):
     run_ends_well(tmp_path, files, capsys)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"prompt": 3, "response": "a"},
+        {"prompt": [{"role": "user"}], "response": "a"},
+        {"prompt": "a"},
+        {"prompt": "a", "answers": ["b"], "response": "b"},
+        {"prompt": "a", "answers": {"dpo": {}}},
+    ],
+)
+def test_a_run_with_samples_that_are_none_is_one_error(tmp_path: Path, capsys: Captured, row: dict[str, object]):
+    files = {"config.yaml": "{}", "environment.json": "{}", "metrics.jsonl": "", "samples.jsonl": json.dumps(row)}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 2
+    told = capsys.readouterr().err
+    assert "samples.jsonl of " in told and ", row 1: " in told
 
 
 CONFIGS = {

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "trimtab"
 
 # A room (a module or package of trimtab) may import its own layer and those above it in this table.
 LAYERS = (
-    {"records", "progress", "untrusted"},
+    {"records", "progress", "untrusted", "lock"},
     {"batches", "precision", "layout", "kl", "losses", "advantages", "algorithms"},
     {
         *("data", "tokens", "builtin", "model_files", "weights", "blocked_attention", "attention", "bodies"),
@@ -35,6 +35,7 @@ LIBRARIES = {
     "records": set(),
     "progress": {"rich"},
     "untrusted": {"yaml"},
+    "lock": set(),
     "batches": {"torch", "jaxtyping"},
     "precision": {"torch"},
     "layout": {"torch", "jaxtyping"},

@@ -39,6 +39,7 @@ METHODS = {
     ),
     "grpo": (PROMPTS, [*ONLINE, "--epochs-per-rollout", "2", "--minibatches", "2", "--group-size", "3"]),
     "online-dpo": (PROMPTS, [*ONLINE[2:], "--judge", "rule:length"]),
+    "raft": (PROMPTS, [*ONLINE, "--group-size", "3", "--lora-rank", "2"]),
 }
 
 
@@ -79,10 +80,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_to_the_last_bit(method: str, bench: Bench, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_last_bit(
+    method: str, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, out, log = bench.command(method), tmp_path / "killed", tmp_path / "log"
     process = start([*arguments, "--out", str(out)], log)
     assert when((out / "checkpoints" / "step-00000003").exists, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert f"process {process.pid} on" in told(capsys, [*arguments, "--out", str(out), "--resume"], 2)
     process.kill()
     assert ended(process) == -signal.SIGKILL
     run([*arguments, "--out", str(out), "--resume"], log)

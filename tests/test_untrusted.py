@@ -3,6 +3,7 @@
 import gzip
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,14 @@ def test_memory_is_bounded_and_given_back():
     with pytest.raises(MemoryError), bounded(5, 2**28):
         bytearray(2**30)
     assert len(bytearray(2**29)) == 2**29
+
+
+def test_time_stays_bounded_where_an_exception_is_lost() -> None:
+    """As in a finalizer, out of which Python lets none."""
+    with pytest.raises(TimeoutError), bounded(0.05, 2**30):
+        with suppress(TimeoutError):
+            while True:
+                pass
+        ended = time.monotonic() + 20
+        while time.monotonic() < ended:
+            pass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__
+from trimtab.lock import released
 from trimtab.recipes.options import AlreadyFinished
 from trimtab.untrusted import printable, read_yaml_mapping
 
@@ -173,7 +174,8 @@ def take_count(name: str, command: Command, given: Sequence[str]) -> tuple[int, 
 def run_recipe(function: Callable[[Any], object], config: Any, *, together: bool) -> None:
     """Run a command, with the other processes if there are any."""
     if not together:
-        function(config)
+        with released():
+            function(config)
         return
     from trimtab import parallel
     from trimtab.builtin import BUILTIN_MODELS, builtin_model
@@ -188,7 +190,8 @@ def run_recipe(function: Callable[[Any], object], config: Any, *, together: bool
     first, ended = parallel.is_first(), None
     with parallel.Leaving(USERS_ERRORS, USAGE_ERROR):
         try:
-            function(config)
+            with released():  # before ranks leave, which they do at once
+                function(config)
         except (AlreadyFinished, Interrupted) as stop:  # on all ranks alike
             ended = stop.with_traceback(None)  # which holds on to weights
         if ended is None or not first:

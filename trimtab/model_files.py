@@ -6,6 +6,7 @@ does not ask for more layers than there are tensors; and what code a model bring
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,12 @@ def check_files(folder: Path) -> None:
 
 def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
     files = index.get("weight_map", {})
-    strange = [name for name in files.values() if not isinstance(name, str) or Path(name).name != name]
+    found = list(files.values()) if isinstance(files, dict) else [files]
+    strange = [name for name in found if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name)]
     if strange:
         raise ValueError(
-            f"{folder / 'model.safetensors.index.json'}: weight_map: found {strange[0]!r:.100}, expected the name of a "
-            "file beside it"
+            f"{folder / 'model.safetensors.index.json'}: weight_map: found {strange[0]!r:.100}, expected for every "
+            "tensor the name of a .safetensors file beside it"
         )
 
 

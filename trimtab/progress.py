@@ -12,9 +12,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+_shown: list[str] = []
+"""The titles of the bars under way; only the first speaks."""
+
+
 @contextmanager
 def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar for `total` units of work, some of them done; yields `advance(count=1, note="")`."""
+    """A bar for `total` units of work, some of them done; yields `advance(count=1, note="")`.
+
+    Silent inside another one: what belongs to a step, such as the scores of its answers, is told with the step.
+    """
+    _shown.append(title)
+    try:
+        if len(_shown) > 1:
+            yield lambda count=1, note="": None
+        else:
+            with shown_bar(title, total, done) as advance:
+                yield advance
+    finally:
+        _shown.pop()
+
+
+@contextmanager
+def shown_bar(title: str, total: int, done: int) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, a line every tenth of the way elsewhere."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,21 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.checkpoint import checkpoints_of, is_whole, read_checkpoint, recover, remove, step_of
+from trimtab.lock import LOCK, holds_anything, lock
 from trimtab.progress import console
 from trimtab.untrusted import read_yaml_mapping
 
 
-def holds_anything(directory: Path) -> bool:
-    """Whether a folder holds more than what was being written when a process died."""
-    return any(not path.name.endswith(".partial") for path in directory.iterdir())
+def check_free(directory: Path, *, overwrite: bool) -> None:
+    """FileExistsError if a folder holds anything, unless that is a run to overwrite."""
+    if not directory.is_dir() or not holds_anything(directory):
+        return
+    if not overwrite or not (directory / "config.yaml").exists():
+        raise FileExistsError(f"{directory} already holds something; give another directory, or --overwrite a run.")
 
 
 def clear(directory: Path) -> None:
     """Empty a run directory: checkpoints first and at once, so that nobody goes on from what is half gone; its config
-    last, so that it can be seen to be a run until then.
+    last, so that it can be seen to be a run until then. Its lock stays.
     """
     remove(directory / "checkpoints")
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
+    found = (path for path in directory.iterdir() if path.name != LOCK)
+    for path in sorted(found, key=lambda path: path.name == "config.yaml"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -55,8 +60,11 @@ def check_config(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def starting_point(run: Path, config: Mapping[str, Any], source: str | None) -> Path | None:
-    """What to go on from, once it is known to be the same run, and what a process that died left over is cleared up."""
+    """What to go on from, once it is known to be the same run and this is the only process in it, and what a process
+    that died left over is cleared up.
+    """
     check_config(run, config)
+    lock(run)
     recover(run)
     return chosen_checkpoint(run, source)
 

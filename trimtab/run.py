@@ -53,8 +53,9 @@ from trimtab.checkpoint import (
     write_text,
 )
 from trimtab.learner import Learner
+from trimtab.lock import holds_anything, lock
 from trimtab.progress import console, progress_bar
-from trimtab.resume import check_files, clear, cut_back, holds_anything, starting_point, verified
+from trimtab.resume import check_files, check_free, clear, cut_back, starting_point, verified
 from trimtab.safety import Interrupted, Safety, random_state, set_random_state, stop_signals
 from trimtab.tracking import Sink
 from trimtab.untrusted import read_json_object
@@ -92,18 +93,20 @@ class Run:
         """Make the directory, write down what is needed to repeat the run, and seed every generator.
 
         Of several ranks the first one writes, here and everywhere; the others have the same object and no directory.
-        Raises FileExistsError if the directory holds anything and `overwrite` is off.
+        Raises FileExistsError if the directory holds anything and `overwrite` is off, BlockingIOError if another
+        process writes to it.
         """
         path = Path(directory)
         seed_everything(seed)
         run = cls(path, seed, str(config.get("command", "")))
         if not parallel.is_first():
             return run
-        if path.is_dir() and holds_anything(path):
-            if not overwrite or not (path / "config.yaml").exists():
-                raise FileExistsError(f"{path} already holds something; give another directory, or --overwrite a run.")
-            clear(path)
+        check_free(path, overwrite=overwrite)
         path.mkdir(parents=True, exist_ok=True)
+        lock(path)
+        check_free(path, overwrite=overwrite)  # again: a process that has ended since may have made a run here
+        if holds_anything(path):
+            clear(path)
         write_config(path, config)
         write_json(path / "environment.json", environment(seed))
         return run
@@ -112,7 +115,8 @@ class Run:
     def reopen(cls, directory: str | Path, *, config: Mapping[str, Any], seed: int, source: str | None = None) -> Run:
         """Open a run to go on from its newest checkpoint, or from `source`; from the start if it has none.
 
-        Raises ValueError, before anything is changed, if the checkpoint is damaged or the config is another one.
+        Raises ValueError, before anything is changed, if the checkpoint is damaged or the config is another one;
+        BlockingIOError if another process writes to it.
         """
         path = Path(directory)
         seed_everything(seed)

@@ -278,14 +278,19 @@ def _timed(seconds: float) -> Iterator[None]:
         yield
         return
 
+    ended = False
+
     def stop(*_: object) -> None:
-        raise TimeoutError(f"it took longer than {seconds:g} seconds")
+        if not ended:
+            raise TimeoutError(f"it took longer than {seconds:g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again every second: an exception that is raised in a finalizer is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
+        ended = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

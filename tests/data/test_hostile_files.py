@@ -96,3 +96,13 @@ def test_the_limit_of_a_line_is_that_of_a_field(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ValueError, match=r"rows.json:row 2: prompt: found 6 characters, expected at most 5"):
         data.load(path, Prompt)
     assert untrusted.MOST_LINE > 10**6
+
+
+def test_a_parquet_file_whose_schema_and_statistics_disagree(write: Callable[..., str]) -> None:
+    """One changed byte makes a column one without gaps; asked for that column's size, pyarrow would end the process."""
+    path = Path(write({"prompt": "a"}, name="rows.parquet"))
+    content, nullable = path.read_bytes(), b"\x25\x02\x18\x06prompt"
+    assert content.count(nullable) == 1
+    path.write_bytes(content.replace(nullable, b"\x24" + nullable[1:]))
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        data.load(path, Prompt)

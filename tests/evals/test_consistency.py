@@ -40,22 +40,22 @@ def verdicts(count: int, seed: int, *, leans: float, first: bool = True) -> list
 @pytest.mark.parametrize("first", [True, False])
 def test_a_planted_position_bias_is_found_with_its_sign(first: bool) -> None:
     found = judge_consistency("leans", verdicts(400, 0, leans=0.4, first=first))
-    assert found.biased and found.first_place is not None
-    assert (found.first_place.value > 0) == first
+    assert found.position.found == ("first" if first else "second")
     # Leaning 0.4 of the time puts 0.4 + 0.6 / 2 of the verdicts on one place.
-    assert found.first_place.low < (0.2 if first else -0.2) < found.first_place.high
+    assert found.position.first_wins.low < (0.7 if first else 0.3) < found.position.first_wins.high
 
 
 def test_a_clean_judge_stays_silent() -> None:
-    assert sum(judge_consistency("clean", verdicts(200, seed, leans=0)).biased for seed in range(40)) <= 5
+    found = [judge_consistency("clean", verdicts(200, seed, leans=0)).position.found for seed in range(40)]
+    assert sum(side is not None for side in found) <= 5
 
 
 def test_counts_by_hand() -> None:
     pairs = [Judged(1, 1, 1), Judged(1, 2, 1), Judged(2, 2, 1), Judged(None, 1, 1), Judged(0, 0, None)]
     found = judge_consistency("by hand", pairs)
     assert found.consistent.value == pytest.approx(3 / 5) and found.unreadable == 1
-    # For the first: 1/2, 1, 1/2, 0 (only exchanged, where output 2 came first), 1/2 (ties).
-    assert found.first_place is not None and found.first_place.value == pytest.approx(2.5 / 5 - 0.5)
+    # For the first: 1/2, 1, 1/2, 1/2 (ties); one order alone tells nothing. The order decides the second pair alone.
+    assert found.position.first_wins.value == pytest.approx(2.5 / 4) and found.position.flipped.value == 1 / 4
     assert found.accuracy is not None and found.accuracy.value == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)
     assert found.right_both is not None and found.right_both.value == 1 / 4
     assert judge_consistency("unlabelled", [Judged(1, 2, None)]).accuracy is None

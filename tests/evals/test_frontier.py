@@ -74,21 +74,20 @@ def test_two_runs_read_and_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
         flags += ["--prompts-per-step", "2", "--lr", "0.01", "--save-every", "1", "--eval-every", "1", "--samples", "0"]
         assert main(["rloo", *flags, *same, "--out", str(out), "--seed", seed]) == 0
         runs.append(str(out))
-    assert [step for step, _ in models_of(Path(runs[0]))] == [1, 2, None]
+    # The last checkpoint and the final model are the same weights, and one point.
+    assert [step for step, _ in models_of(Path(runs[0]))] == [1, 2]
+    (Path(runs[1]) / "checkpoints" / "step-00000002").rename(tmp_path / "elsewhere")
+    assert [step for step, _ in models_of(Path(runs[1]))] == [1, None]
     capsys.readouterr()
     assert main(["evaluate", "frontier", *runs, "--json"]) == 0
     read = json.loads(capsys.readouterr().out)
     assert read["measure"] == "reward" and len(read["points"]) == 6 and read["best_of_n"] == []
     assert main(["evaluate", "frontier", *runs, "--reward", "length", "--data", data, "-n", "4", *same, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {one["name"] for one in found["points"]} == {
-        f"rloo-{seed}@{step}" for seed in "01" for step in ("1", "2", "end")
-    }
+    assert {one["name"] for one in found["points"]} == {"rloo-0@1", "rloo-0@2", "rloo-1@1", "rloo-1@end"}
     assert [one["n"] for one in found["best_of_n"]] == [1, 2, 4]
     by_name = {one["name"]: one for one in found["points"]}
-    # The last checkpoint and the final model are the same weights.
-    assert by_name["rloo-0@2"]["kl"]["value"] == pytest.approx(by_name["rloo-0@end"]["kl"]["value"], abs=1e-6)
-    assert by_name["rloo-0@end"]["kl"]["value"] > 0
+    assert by_name["rloo-0@2"]["kl"]["value"] > 0 and by_name["rloo-1@end"]["kl"]["value"] > 0
     assert main(["evaluate", "frontier", *runs]) == 0
     assert "on the frontier" in capsys.readouterr().out
 

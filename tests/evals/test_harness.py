@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -49,6 +51,51 @@ def test_the_command_asks_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert asked["model_args"].startswith("pretrained=") and "tiny" in asked["model_args"]
     assert main(["evaluate", "harness", "--model", "tiny", "--tasks", "easy"]) == 0
     assert "acc" in capsys.readouterr().out
+    assert main(["evaluate", "harness", "--model", "tiny", "--tasks", "easy", "--own-tasks", "nowhere"]) == 2
+    assert "--own-tasks nowhere: there is no such folder" in capsys.readouterr().err
+
+
+TASK = """
+task: ours
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1
+"""
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness (extra `eval`) is not installed")
+def test_the_real_harness_counts_as_we_do(tmp_path: Path) -> None:
+    """On a task from a folder, whose questions `evaluate multiple-choice` reads as well."""
+    path, tasks = tmp_path / "questions.jsonl", tmp_path / "tasks"
+    words = ["yes", "no", "it may be", "never", "a", "seven"]
+    rows = [{"prompt": f"Is it {i}? ", "choices": words[i % 3 : i % 3 + 4], "answer": i % 4} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks.mkdir()
+    (tasks / "ours.yaml").write_text(TASK.format(data=path))
+
+    def said(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "trimtab", "evaluate", *words, "--model", "tiny", "--device", "cpu", "--json"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stderr[-3000:]
+        return json.loads(told.stdout[told.stdout.index("{") :])
+
+    theirs = said("harness", "--tasks", "ours", "--own-tasks", str(tasks))["tasks"]["ours"]["acc"]
+    ours = said("multiple-choice", "--data", str(path), "--dtype", "float32")["after"]["accuracy"]
+    assert theirs["count"] == ours["count"] == 24
+    assert theirs["value"] == pytest.approx(ours["value"])
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")

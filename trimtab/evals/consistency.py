@@ -8,12 +8,14 @@ from itertools import combinations
 from statistics import fmean
 
 from trimtab.evals.choices import pick
-from trimtab.evals.intervals import Estimate, bootstrap_difference, bootstrap_mean, wilson
+from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
+from trimtab.evals.position_bias import TIE, PositionBias, position_bias
 from trimtab.evals.rows import Located, cell, conversation, read_rows, texts
+from trimtab.judges import Verdict
 from trimtab.records import Prompt
 from trimtab.rewards import Reward
 
-Verdict = int | None
+Better = int | None
 """1 or 2 for the better output, 0 for neither, None where the judge's words could not be read."""
 
 
@@ -24,62 +26,51 @@ class Judged:
     Both verdicts name outputs, not places. `label` is what people say, None if nobody does.
     """
 
-    given: Verdict
-    swapped: Verdict
+    given: Better
+    swapped: Better
     label: int | None
     group: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The same as probabilities that the first output is better."""
+        first_is_better = {1: 1.0, 2: 0.0, 0: TIE, None: None}
+        return Verdict(first_is_better[self.given], first_is_better[self.swapped])
 
 
 @dataclass(frozen=True)
 class JudgeConsistency:
     """What the order of the outputs does to a judge's verdicts.
 
-    `consistent` is the share of pairs with one verdict in both orders, `first_place` the share of verdicts for what was
-    shown first minus 0.5: position bias, positive for the first. `accuracy` is the mean over both orders,
-    `right_both` the share of pairs right in both. Unreadable verdicts are wrong, and no side of the position bias;
-    in both orders they make a pair consistent, as in LLMBar's published figures.
+    `consistent` is the share of pairs with one verdict in both orders, `accuracy` the mean over both orders,
+    `right_both` the share of pairs right in both. Unreadable verdicts are wrong, and their pairs tell nothing of the
+    position; in both orders they make a pair consistent, as in LLMBar's published figures.
     """
 
     judge: str
     consistent: Estimate
-    first_place: Estimate | None
+    position: PositionBias
     accuracy: Estimate | None
     accuracy_given: Estimate | None
     accuracy_swapped: Estimate | None
     right_both: Estimate | None
     unreadable: int
 
-    @property
-    def biased(self) -> bool:
-        """Whether the interval of the position bias lies clear of zero."""
-        return self.first_place is not None and self.first_place.low * self.first_place.high > 0
-
 
 def judge_consistency(judge: str, pairs: Sequence[Judged], *, seed: int = 0) -> JudgeConsistency:
     """The consistency of one judge; accuracies are None where no pair has a label. Intervals over pairs."""
-    places = [place for pair in pairs if (place := first_share(pair)) is not None]
     labelled = [pair for pair in pairs if pair.label in (1, 2)]
     right = [(pair.given == pair.label, pair.swapped == pair.label) for pair in labelled]
     return JudgeConsistency(
         judge=judge,
         consistent=wilson(sum(pair.given == pair.swapped for pair in pairs), len(pairs)),
-        first_place=bootstrap_difference(places, [0.5] * len(places), seed) if places else None,
+        position=position_bias([pair.verdict for pair in pairs], range(len(pairs)), seed),
         accuracy=bootstrap_mean([fmean(both) for both in right], seed) if right else None,
         accuracy_given=wilson(sum(given for given, _ in right), len(right)) if right else None,
         accuracy_swapped=wilson(sum(swapped for _, swapped in right), len(right)) if right else None,
         right_both=wilson(sum(map(all, right)), len(right)) if right else None,
         unreadable=sum((pair.given is None) + (pair.swapped is None) for pair in pairs),
     )
-
-
-def first_share(pair: Judged) -> float | None:
-    """The share of a pair's verdicts for what was shown first; a tie is half. None where none can be read."""
-    places = [
-        0.5 if verdict == 0 else float(verdict == shown_first)
-        for verdict, shown_first in ((pair.given, 1), (pair.swapped, 2))
-        if verdict is not None
-    ]
-    return fmean(places) if places else None
 
 
 def read_verdicts(source: str) -> dict[str, list[Judged]]:

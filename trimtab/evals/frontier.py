@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two models' folders hold the same weights, to the last bit."""
+    names, others = ({path.name for path in folder.glob("*.safetensors")} for folder in (one, other))
+    return bool(names) and names == others and all(cmp(one / name, other / name, shallow=False) for name in names)
+
+
 def models_of(run: Path) -> list[tuple[int | None, Path]]:
-    """The checkpoints of a run by their steps, then its final model. FileNotFoundError for a folder without a model."""
+    """The checkpoints of a run by their steps, then its final model unless the last checkpoint is the same.
+
+    FileNotFoundError for a folder without a model.
+    """
     steps = sorted((run / "checkpoints").glob("step-*"))
     found: list[tuple[int | None, Path]] = [
         (int(path.name.removeprefix("step-")), path) for path in steps if path.is_dir()
     ]
-    if (run / "model").is_dir():
-        found.append((None, run / "model"))
+    final = run / "model"
+    if final.is_dir() and not (found and same_weights(found[-1][1], final)):
+        found.append((None, final))
     if not found:
         raise FileNotFoundError(f"{run} holds neither checkpoints nor a model: give the --out directory of a run.")
     return found

@@ -19,10 +19,15 @@ def check_harness() -> None:
         raise ValueError("this needs lm-evaluation-harness, which is not installed: pip install 'trimtab[eval]'")
 
 
-def harness(folder: str, tasks: Sequence[str], **options: Any) -> Figures:
-    """The figures of tasks for the model in a folder; `options` are those of `lm_eval.simple_evaluate`."""
+def harness(folder: str, tasks: Sequence[str], own_tasks: str | None = None, **options: Any) -> Figures:
+    """The figures of tasks for the model in a folder; `options` are those of `lm_eval.simple_evaluate`.
+
+    `own_tasks` is a folder with further tasks in the harness's form. Those may name Python functions, which run.
+    """
     check_harness()
     evaluate: Any = import_module("lm_eval").simple_evaluate
+    if own_tasks is not None:
+        options["task_manager"] = import_module("lm_eval.tasks").TaskManager(include_path=own_tasks)
     arguments = f"pretrained={folder}"
     return figures_of(evaluate(model="hf", model_args=arguments, tasks=list(tasks), **options))
 

@@ -68,12 +68,12 @@ def print_judge(found: JudgeConsistency) -> None:
 
     rows = {
         "one verdict in both orders": found.consistent,
-        "position bias: verdicts for the first minus 0.5": found.first_place,
+        "the answer shown first wins (0.5: no position bias)": found.position.first_wins,
         "accuracy, mean of both orders": found.accuracy,
         "right in both orders": found.right_both,
     }
     print_estimates(found.judge, rows)
-    if found.biased and found.first_place is not None:
-        say(f"it favours the answer that is shown {'first' if found.first_place.value > 0 else 'second'}")
+    if found.position.found:
+        say(f"it favours the answer that is shown {found.position.found}")
     if found.unreadable:
         say(f"{found.unreadable} verdicts could not be read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trimtab.recipes.options import check_limit
 
@@ -15,6 +16,8 @@ class EvaluateHarness:
     """Hub id, folder, run directory (its final model), or built-in name."""
     tasks: tuple[str, ...]
     """Names of tasks, such as hellaswag arc_easy."""
+    own_tasks: str | None = None
+    """A folder with tasks of one's own (.yaml as lm_eval reads them), beside its own; code that they name runs."""
     shots: int | None = None
     """Examples before each question; the task's own number unless given."""
     limit: int | None = None
@@ -35,11 +38,13 @@ def evaluate_harness(config: EvaluateHarness) -> None:
     check_limit(config.limit)
     if not config.tasks:
         raise ValueError("--tasks is empty: give names of tasks, such as --tasks hellaswag arc_easy.")
+    if config.own_tasks is not None and not Path(config.own_tasks).is_dir():
+        raise FileNotFoundError(f"--own-tasks {config.own_tasks}: there is no such folder.")
     check_harness()
     from trimtab.weights import resolve
 
     options = {"num_fewshot": config.shots, "limit": config.limit, "batch_size": config.batch_size}
-    found = harness(str(resolve(config.model)), config.tasks, device=config.device, **options)
+    found = harness(str(resolve(config.model)), config.tasks, config.own_tasks, device=config.device, **options)
     if config.json:
         print_json({"model": config.model}, {"tasks": found})
         return

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trimtab.lock import check_unlocked, holds_anything
 from trimtab.tracking import SinkName, check_sinks
 from trimtab.untrusted import read_json_object, read_yaml_mapping
 
@@ -252,7 +253,9 @@ def check_out(options: RunOptions) -> None:
         raise ValueError(f"--out {out}: {above} is no folder that can be written to.")
     if options.overwrite and (options.resume or options.resume_from):
         raise ValueError("--resume and --overwrite: give one of them.")
-    if out.is_dir() and any(not path.name.endswith(".partial") for path in out.iterdir()):
+    if out.is_dir():
+        check_unlocked(out)
+    if out.is_dir() and holds_anything(out):
         check_run(options)
     elif options.resume_from:
         raise FileNotFoundError(f"--resume-from {options.resume_from}: there is no run in --out {out}.")
