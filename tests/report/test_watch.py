@@ -18,7 +18,9 @@ import pytest
 
 from tests.report.test_page import make_run
 from trimtab.cli import main
-from trimtab.report.live import notes, read_growing, read_live, runs_in, signature, state
+from trimtab.report.live import notes, read_growing, read_live, signature, state
+from trimtab.report.page import write_report
+from trimtab.report.read import runs_in
 from trimtab.report.watch import Watched, open_server
 
 
@@ -106,6 +108,8 @@ class TestReading:
         assert ([run.name for run in runs], summary) == (["reward", "dpo"], {"model": "tiny"})
         assert read_live([tmp_path / "dpo", tmp_path])[1] == {}  # of several there is no one summary
         assert runs_in(tmp_path / "dpo") == [tmp_path / "dpo"]
+        page = write_report([tmp_path], tmp_path / "report.html").read_text()
+        assert "Steering tiny" in page and page.index("dpo") and "reward" in page
 
     def test_a_directory_of_several_runs_is_finished_once_it_has_a_summary(self, tmp_path: Path):
         whole = tmp_path / "all" / "quickstart"

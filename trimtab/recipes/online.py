@@ -252,8 +252,7 @@ def evaluation(
         run.append("scores.jsonl", {"step": step, **scores_of(samples, measure.name, values)})
         for row in range(0, min(config.run.samples, len(prompts)) * samples.n, samples.n):
             beside = {"kl": kl[row].sum().item(), measure.name: values[row]}
-            asked, said = samples.row_prompts[row].text, samples.texts[row]
-            run.append("samples.jsonl", {"step": step, "prompt": asked, "response": said, **beside})
+            run.append("samples.jsonl", {"step": step, **said(samples, row), **beside})
         figures = measure.mean(values, samples.n, config.run.seed)
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -261,6 +260,11 @@ def evaluation(
         return figures | bounded(others)
 
     return evaluate
+
+
+def said(samples: Samples, row: int) -> dict[str, str]:
+    """A prompt and one answer to it, as samples.jsonl has them."""
+    return {"prompt": samples.row_prompts[row].text, "response": samples.texts[row]}
 
 
 def scores_of(samples: Samples, measure: str, values: Sequence[float | None]) -> dict[str, Any]:

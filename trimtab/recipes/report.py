@@ -13,7 +13,7 @@ class Report:
     """One self-contained HTML file: verdict, alarms, stages, reward against KL, curves, texts. Opens offline."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Run directories."""
+    """Run directories, or one that holds several runs, such as quickstart's."""
     out: str = "report.html"
     """The page to write; a page that stands there is replaced, anything else is not."""
 

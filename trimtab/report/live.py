@@ -11,14 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trimtab.report.read import RunRecord, labelled, read_run
-from trimtab.untrusted import MOST_WHOLE, open_regular, read_json_object, read_whole
+from trimtab.report.read import SUMMARY, RunRecord, labelled, read_run, runs_in, summary_in
+from trimtab.untrusted import MOST_WHOLE, open_regular, read_whole
 
 NOT_YET = {"config.yaml": "{}", "environment.json": "{}", "metrics.jsonl": ""}
 """Files that every run has in the end, and what they hold until then."""
 READ = (".yaml", ".json", ".jsonl")
 """Endings of the files that the page is made of."""
-SUMMARY = "summary.json"
 
 Signature = tuple[tuple[str, int, int], ...]
 
@@ -33,22 +32,6 @@ class Live:
     changed: int | None
     """When a file changed last, in milliseconds since 1970; None if there is none."""
     notes: Sequence[str] = ()
-
-
-def runs_in(directory: Path) -> list[Path]:
-    """The directory itself if it is a run's, else the runs inside, at any depth, oldest first; itself if there is none.
-
-    Raises FileNotFoundError if there is no such directory.
-    """
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"There is no directory '{directory}'. Give the --out directory of a trimtab command that has begun."
-        )
-    inside = [path.parent for path in directory.glob("*/config.yaml")]
-    if (directory / "metrics.jsonl").exists() or not inside:
-        return [directory]
-    inside.sort(key=lambda run: ((run / "config.yaml").stat().st_mtime_ns, run.name))
-    return [run for one in inside for run in runs_in(one)]
 
 
 def signature(directories: Sequence[Path]) -> Signature:
@@ -71,8 +54,7 @@ def read_live(directories: Sequence[Path]) -> tuple[list[RunRecord], Mapping[str
     """
     inside = labelled(run for directory in directories for run in runs_in(directory))
     runs = [read_growing(run, name) for name, run in inside.items()]
-    written = directories[0] / SUMMARY
-    return runs, read_json_object(written) if len(directories) == 1 and written.exists() else {}
+    return runs, summary_in(directories)
 
 
 def read_growing(directory: Path, name: str = "") -> RunRecord:

@@ -27,7 +27,7 @@ from trimtab.report.frontiers import frontier_figures
 from trimtab.report.histograms import before_and_after, histogram_figures, of_methods
 from trimtab.report.live import Live
 from trimtab.report.outcome import outcome
-from trimtab.report.read import RunRecord, read_runs
+from trimtab.report.read import RunRecord, read_runs, runs_in, summary_in
 from trimtab.report.stages import stages
 from trimtab.report.summary import START, Interval, interval, method_color, method_name
 from trimtab.report.texts import reading
@@ -66,9 +66,12 @@ class Row:
 def write_report(runs: Sequence[Path], out: Path, summary: Mapping[str, Any] | None = None) -> Path:
     """Write the report of these run directories, and of a summary that compares methods, to the HTML file `out`.
 
-    Raises FileNotFoundError naming the run whose files are missing.
+    A directory of several runs stands for them and for its own summary. Raises FileNotFoundError naming the run whose
+    files are missing.
     """
-    page = render(read_runs(runs), summary or {})
+    directories = [Path(run) for run in runs]
+    found = read_runs(run for directory in directories for run in runs_in(directory))
+    page = render(found, summary_in(directories) if summary is None else summary)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate in a model's text is no reason to fail

@@ -12,6 +12,9 @@ from trimtab.untrusted import read_json_lines, read_json_object, read_text, read
 
 Rows = Sequence[Mapping[str, Any]]
 
+SUMMARY = "summary.json"
+"""What `trimtab quickstart` writes beside its runs, to compare them."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -38,6 +41,27 @@ class RunRecord:
     def command(self) -> str:
         """The command that made the run, such as dpo."""
         return str(self.settings.get("command", ""))
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """The directory itself if it is a run's, else the runs inside, at any depth, oldest first; itself if there is none.
+
+    Raises FileNotFoundError if there is no such directory.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"There is no directory '{directory}'. Give the --out directory of a trimtab command that has begun."
+        )
+    inside = [path.parent for path in directory.glob("*/config.yaml")]
+    if (directory / "metrics.jsonl").exists() or not inside:
+        return [directory]
+    inside.sort(key=lambda run: ((run / "config.yaml").stat().st_mtime_ns, run.name))
+    return [run for one in inside for run in runs_in(one)]
+
+
+def summary_in(directories: Sequence[Path]) -> dict[str, Any]:
+    """The summary that a single directory of several runs may have."""
+    return _optional_object(directories[0] / SUMMARY) if len(directories) == 1 else {}
 
 
 def read_runs(directories: Iterable[str | Path]) -> list[RunRecord]:
