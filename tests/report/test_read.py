@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trimtab.report import read_run
+from trimtab.report.page import write_report
 from trimtab.report.read import labelled, measured, read_runs
 
 NEEDED = {"config.yaml": "command: dpo\nlr: 0.1\n", "environment.json": "{}", "metrics.jsonl": ""}
@@ -46,6 +47,30 @@ def test_what_is_there_is_read(tmp_path: Path):
 def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, name: str, content: str):
     with pytest.raises(ValueError, match=name):
         read_run(write_run(tmp_path / "run", **{name: content}))
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        ({"methods": 3}, "methods: expected a list of objects, each with the name of its method"),
+        ({"methods": [{"method": 3}]}, "methods: expected"),
+        ({"frontier": [{"kl": 1, "gold": 1}]}, "frontier: expected"),
+        ({"texts": [{"prompt": "p", "answers": {"start": {"gold": 1}}}]}, "texts: expected"),
+        ({"texts": [{"prompt": "p"}]}, "texts: expected"),
+        ({"commands": 4}, "commands: expected a list of texts"),
+        ({"notes": [4]}, "notes: expected a list of texts"),
+    ],
+)
+def test_a_summary_that_is_none_is_one_error_that_names_it(tmp_path: Path, summary: dict[str, object], told: str):
+    run = write_run(tmp_path / "run", **{"summary.json": json.dumps(summary)})
+    with pytest.raises(ValueError, match=rf"summary\.json: {told}"):
+        write_report([run], tmp_path / "page.html")
+
+
+def test_what_a_summary_lacks_is_left_out(tmp_path: Path):
+    said = {"model": "mine", "methods": [{"method": "start", "kl": "x"}], "reward_model": 4, "texts": []}
+    run = write_run(tmp_path / "run", **{"summary.json": json.dumps(said)})
+    assert "Steering mine" in write_report([run], tmp_path / "page.html").read_text()
 
 
 def test_rows_without_a_step_and_numbers_that_are_none_are_left_out():

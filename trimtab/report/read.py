@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.report.summary import number
+from trimtab.report.summary import check_summary, number
 from trimtab.untrusted import read_json_lines, read_json_object, read_text, read_yaml_mapping
 
 Rows = Sequence[Mapping[str, Any]]
@@ -60,8 +60,16 @@ def runs_in(directory: Path) -> list[Path]:
 
 
 def summary_in(directories: Sequence[Path]) -> dict[str, Any]:
-    """The summary that a single directory of several runs may have."""
-    return _optional_object(directories[0] / SUMMARY) if len(directories) == 1 else {}
+    """The summary that a single directory of several runs may have. ValueError naming what is not as it must be."""
+    if len(directories) != 1:
+        return {}
+    path = directories[0] / SUMMARY
+    found = _optional_object(path)
+    try:
+        check_summary(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
+    return found
 
 
 def read_runs(directories: Iterable[str | Path]) -> list[RunRecord]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 START = "start"
@@ -63,6 +63,37 @@ def interval(entry: Mapping[str, Any], key: str) -> Interval | None:
         return None
     low, high = number(found.get("low")), number(found.get("high"))
     return Interval(value, value if low is None else low, value if high is None else high)
+
+
+def of_a_method(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("method"), str)
+
+
+def of_a_prompt(entry: Any) -> bool:
+    answers = entry.get("answers") if isinstance(entry, Mapping) else None
+    return isinstance(answers, Mapping) and all(isinstance(one, Mapping) and "text" in one for one in answers.values())
+
+
+def is_text(entry: Any) -> bool:
+    return isinstance(entry, str)
+
+
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "methods": (of_a_method, "objects, each with the name of its method"),
+    "frontier": (of_a_method, "objects, each with the name of its method"),
+    "texts": (of_a_prompt, "objects, each with the text of every method's answer"),
+    "commands": (is_text, "texts"),
+    "notes": (is_text, "texts"),
+}
+"""The lists of a summary: what each of their entries must be, and that in words."""
+
+
+def check_summary(summary: Mapping[str, Any]) -> None:
+    """ValueError naming the list of a summary that is none, or has an entry that cannot be read."""
+    for key, (can_be_read, expected) in LISTS.items():
+        found = summary.get(key, [])
+        if not isinstance(found, list) or not all(map(can_be_read, found)):
+            raise ValueError(f"{key}: expected a list of {expected}")
 
 
 def is_best_of(method: str) -> bool:

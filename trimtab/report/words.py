@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.report.summary import START, Interval, interval, is_best_of, method_name, number
+from trimtab.report.summary import START, Interval, inner, interval, is_best_of, method_name, number
 
 NOTABLE_CHANGE = 0.1
 """What grew or shrank by more than this share is said to have changed."""
@@ -143,7 +143,7 @@ def _read_off(path: Sequence[tuple[float, float]], kl: float) -> float:
 
 
 def _reward_model_sentences(summary: Mapping[str, Any]) -> list[str]:
-    accuracy = interval(summary.get("reward_model") or {}, "accuracy")
+    accuracy = interval(inner(summary, "reward_model"), "accuracy")
     if not accuracy:
         return []
     said = (
