@@ -207,11 +207,13 @@ class TestServer:
         with serving(make_run(tmp_path / "run")) as address:
             assert asked(address, Host="evil.example:80")[0] == 403
             assert asked(address, Host="")[0] == 403
+            assert asked(address, Host="[")[0] == 403
             assert asked(address, Host="localhost")[0] == 200
 
     def test_there_is_one_page_alone(self, tmp_path: Path):
         with serving(make_run(tmp_path / "run")) as address:
-            assert asked(f"{address}favicon.ico")[0] == 204
+            assert asked(f"{address}favicon.ico")[0] == asked(f"{address}favicon.ico?a=[")[0] == 204
+            assert asked(f"{address}/[")[0] == 404
             assert asked(f"{address}config.yaml")[0] == asked(f"{address}../../etc/passwd")[0] == 404
 
 

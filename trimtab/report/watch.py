@@ -15,7 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from plotly.offline import get_plotlyjs
 
@@ -88,14 +88,14 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one request."""
-        asked = urlsplit(self.path)
-        if self.names and urlsplit("//" + self.headers.get("Host", "")).hostname not in self.names:
+        path, _, query = self.path.partition("?")
+        if self.names and self.headers.get("Host", "").partition(":")[0].lower() not in self.names:
             # A page from elsewhere whose name was made to point here must not read runs.
             self.answer(HTTPStatus.FORBIDDEN, "trimtab watch does not go by that name.", "text/plain")
-        elif asked.path != "/":
-            self.answer(HTTPStatus.NO_CONTENT if asked.path == "/favicon.ico" else HTTPStatus.NOT_FOUND)
+        elif path != "/":
+            self.answer(HTTPStatus.NO_CONTENT if path == "/favicon.ico" else HTTPStatus.NOT_FOUND)
         else:
-            self.answer_page(parse_qs(asked.query).get("since", [""])[0])
+            self.answer_page(parse_qs(query).get("since", [""])[0])
 
     def answer_page(self, since: str) -> None:
         """The newest page, if it is another one."""
