@@ -252,6 +252,18 @@ def test_a_resumed_run_sends_what_its_sink_missed(service: tuple[str, Service], 
     assert json.loads((tmp_path / "run" / "tracking" / f"{name}.json").read_text())["missed"] == 0
 
 
+@pytest.mark.parametrize(("step", "missed"), [(0, 0), (2, 5)])
+def test_a_sink_that_failed_at_once_gets_all_only_from_the_start(
+    step: int, missed: int, service: tuple[str, Service], tmp_path: Path
+) -> None:
+    name, _ = service
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / f"{name}.json").write_text('{"identity": "x", "steps": {}, "missed": 5}')
+    sink = open_sink(name, tmp_path, step)
+    sink.close()
+    assert sink.sent.missed == missed
+
+
 def test_a_sink_that_cannot_be_opened_ends_the_run_before_its_first_step(
     service: tuple[str, Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +336,14 @@ def test_one_rank_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", '{"identity": "x", "steps": [], "missed": 0}', '{"identity": 1, "steps": {}, "missed": 0}']
+    "content",
+    [
+        "{",
+        "{}",
+        '{"identity": "x", "steps": [], "missed": 0}',
+        '{"identity": 1, "steps": {}, "missed": 0}',
+        '{"identity": "x", "steps": {}, "missed": 0, "other": 1}',
+    ],
 )
 def test_a_damaged_note_is_named(
     content: str, service: tuple[str, Service], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -239,7 +239,7 @@ def open_sink(name: str, directory: Path, step: int) -> Sink:
             send = end.enter_context(SINKS[name](Place(directory, sent.identity, step, config)))
     except TrackingFailed as error:
         raise ValueError(f"--track {name} cannot be opened. {error}") from error
-    if sent.steps.get("train", step) >= step:
+    if sent.steps.get("train", 0) >= step:
         sent.missed = 0  # what it missed comes again
     if name in PURGED:
         sent.steps = {group: min(last, step) for group, last in sent.steps.items()}
@@ -262,9 +262,10 @@ def read_sent(directory: Path, name: str) -> Sent | None:
     if not path.exists():
         return None
     found = read_json_object(path)
-    identity, steps, missed = (found.get(key) for key in ("identity", "steps", "missed"))
-    numbers = [missed, *steps.values()] if isinstance(steps, dict) else [None]
-    if not isinstance(identity, str) or not all(isinstance(number, int) for number in numbers):
+    identity, steps = found.get("identity"), found.get("steps")
+    numbers = [found.get("missed"), *steps.values()] if isinstance(steps, dict) else [None]
+    known = isinstance(identity, str) and all(isinstance(number, int) for number in numbers)
+    if not known or len(found) > len(fields(Sent)):
         raise ValueError(f"{path} does not say what was sent to {name}. Remove it to track the rest as another run.")
     return Sent(**found)
 
