@@ -231,7 +231,7 @@ class Run:
                     raise Interrupted(self._stopped(steps, safety), stop)
                 ended = time.perf_counter()
         if self.evaluation.get("step") != self.step:
-            self._evaluate(evaluate, safety, last=True)
+            self._evaluate(evaluate, safety)
         return {name: value for name, value in self.evaluation.items() if name != "step"}
 
     def _step(self, learner: Learner, batch: Any, safety: Safety | None) -> dict[str, float]:
@@ -253,9 +253,7 @@ class Run:
         speed = {"tokens": tokens, "tokens_per_second": tokens / seconds["seconds"], **seconds}
         self.append("metrics.jsonl", {"step": step, **figures, **speed})
 
-    def _evaluate(
-        self, evaluate: Callable[[int], Mapping[str, float]] | None, safety: Safety | None, *, last: bool = False
-    ) -> None:
+    def _evaluate(self, evaluate: Callable[[int], Mapping[str, float]] | None, safety: Safety | None) -> None:
         if evaluate is None:
             return
         figures = dict(evaluate(self.step))
