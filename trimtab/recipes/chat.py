@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -129,13 +128,11 @@ def check(config: Chat) -> None:
 
 def reference_of(config: Chat) -> str | None:
     """What KL is measured from: what was given, what the model's run started from, or the other model."""
-    from trimtab.recipes.evaluated import run_config
+    from trimtab.recipes.evaluated import begun_from
 
     if config.reference is not None:
         return None if config.reference == UNMEASURED else config.reference
-    found = run_config(Path(config.model).expanduser())
-    start = found.get("ref_model") or found.get("model")
-    return str(start) if start else config.versus
+    return begun_from(config.model) or config.versus
 
 
 def load_all(names: Sequence[str], loading: dict[str, Any]) -> dict[str | None, Policy]:
@@ -154,7 +151,6 @@ def load_all(names: Sequence[str], loading: dict[str, Any]) -> dict[str | None, 
 
 def speaker_of(name: str, policy: Policy, draw: Callable[..., Samples]) -> Speaker:
     """A model that nothing was said to yet; says if it only continues texts."""
-
     is_plain = not policy.tokenizer.chat_template
     if is_plain:
         say(f"{name} has no chat template: it continues what is typed, and every text stands alone.")
@@ -163,7 +159,6 @@ def speaker_of(name: str, policy: Policy, draw: Callable[..., Samples]) -> Speak
 
 def same_vocabulary(speakers: Sequence[Speaker], reference: Policy, source: str | None, config: Chat) -> bool:
     """Whether all models read the tokens of the reference; ValueError where they do not and it was asked for."""
-
     others = [one.name for one in speakers if one.policy.tokenizer.get_vocab() != reference.tokenizer.get_vocab()]
     if not others:
         return True
@@ -194,7 +189,6 @@ HELP = " /help lists the commands."
 
 def take(talk: Talk, line: str) -> bool:
     """Do what a line says; whether the conversation goes on."""
-
     given = typed(line)
     if given.command:
         return obey(talk, given.command, given.text)
@@ -215,7 +209,6 @@ def go_on(talk: Talk, conversations: Sequence[Conversation]) -> None:
 
 def obey(talk: Talk, command: str, text: str) -> bool:
     """Do what a command says; whether the conversation goes on."""
-
     if command == "/system" and all(speaker.conversation.is_plain for speaker in talk.speakers):
         raise ValueError("/system has no effect: a model without a chat template knows no system message.")
     if command in ("/reset", "/system"):

@@ -65,11 +65,17 @@ def start_model(model: str, reference: str | None) -> str:
     """
     if reference is not None:
         return reference
-    config = run_config(Path(model).expanduser())
-    found = config.get("ref_model") or config.get("model")
+    found = begun_from(model)
     if not found:
         raise ValueError(f"{model} is not of a run directory with a start model: give --reference MODEL.")
-    return str(found)
+    return found
+
+
+def begun_from(model: str) -> str | None:
+    """The reference of the run that a model is of, or what that run started from; None where it is of no run."""
+    config = run_config(Path(model).expanduser())
+    found = config.get("ref_model") or config.get("model")
+    return str(found) if found else None
 
 
 def run_config(path: Path) -> dict[str, Any]:
