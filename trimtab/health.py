@@ -34,7 +34,6 @@ ADVICE = {
 }
 """What to do about each sign of online RL."""
 
-
 SIGNS = {
     "cut": "most answers were cut at the length limit",
     "no_spread": "in most groups all answers had the same reward",

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-
 _shown: list[str] = []
 """The titles of the bars under way; only the first speaks."""
 

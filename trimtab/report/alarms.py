@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trimtab.health import SIGNS, sinking
+from trimtab.kl import KlBudget
 from trimtab.report.read import RunRecord
 from trimtab.report.summary import inner, number
 from trimtab.report.words import plain
-
-NEAR = 0.8
-"""The share of a KL budget from which on it is nearly spent."""
 
 
 def alarms(run: RunRecord) -> list[str]:
@@ -63,7 +61,7 @@ def skipped_steps(run: RunRecord) -> Iterator[str]:
 def budget(run: RunRecord) -> Iterator[str]:
     """A KL budget that is spent, or nearly."""
     limit, spent = number(run.settings.get("kl_budget")), highest(run.rollouts, "kl")
-    if limit is not None and spent is not None and spent >= NEAR * limit:
+    if limit is not None and spent is not None and spent >= KlBudget.warn_share * limit:
         what = "is spent" if spent >= limit else "is nearly spent"
         yield f"KL reached {plain(spent, 1)} nats an answer, and the budget of {limit:g} {what}"
 
