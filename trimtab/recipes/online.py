@@ -247,7 +247,7 @@ def evaluation(
     def evaluate(step: int) -> dict[str, float]:
         samples = sampler(policy, prompts, EVALUATION_ANSWERS, seed=config.run.seed, **settings)
         kl = kl_per_token(policy, reference, samples, config.steps.micro_batch_rows)
-        moved = drift_of(kl, samples, seed=0)
+        moved = drift_of(kl, samples, config.run.seed)
         values, texts = measure.of(samples), in_groups(samples.texts, samples.n)
         run.append("scores.jsonl", {"step": step, **scores_of(samples, measure.name, values)})
         for row in range(0, min(config.run.samples, len(prompts)) * samples.n, samples.n):

@@ -127,7 +127,7 @@ class RunOptions:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite ends the run, or is skipped and counted, ten times at most."""
     samples: int = 4
-    """Prompts that a policy answers before and after training, into samples.jsonl; 0: none."""
+    """Prompts that a policy answers before and after training, online also at evaluations, into samples.jsonl."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint; a directory that does not exist is begun."""
     resume_from: str | None = None

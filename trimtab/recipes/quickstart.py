@@ -469,7 +469,10 @@ def notes(config: Quickstart) -> list[str]:
 
 
 def own_commands(config: Quickstart) -> list[str]:
-    """What to type to do the same, with the same settings, to one's own model and data."""
+    """What to type to do the same, with the same settings, to one's own model and data.
+
+    Nobody has a gold reward there, so online RL is rewarded by the reward model.
+    """
     pairs = f"--model MY_MODEL --data MY_PAIRS.jsonl --eval-data HELD_OUT.jsonl --batch-size {BATCH_SIZE}"
     sampled = f"--data MY_PROMPTS.jsonl --max-new-tokens {config.max_new_tokens}"
     moved = f"--lr {config.lr:g} --epochs {config.epochs:g} --loss-args beta={config.beta:g}"
