@@ -83,6 +83,7 @@ def test_same_seed_same_interval() -> None:
     values = np.random.default_rng(3).normal(size=50)
     assert bootstrap_mean(values, seed=7) == bootstrap_mean(values, seed=7)
     assert bootstrap_mean(values, seed=7) != bootstrap_mean(values, seed=8)
+    assert bootstrap_mean(values, seed=-7) not in (bootstrap_mean(values, seed=7), bootstrap_mean(values, seed=8))
 
 
 def test_one_value_has_no_interval_and_json_has_no_nan() -> None:

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
+from trimtab.evals.intervals import Estimate, bootstrap_mean, random_numbers, wilson
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -79,7 +79,7 @@ def krippendorff(units: Iterable[Sequence[float]], *, is_interval: bool = False,
     each = np.stack([coincidences(unit, values) for unit in paired])
     line = np.array(values)
     distance = (line[:, None] - line) ** 2 if is_interval else 1.0 - np.eye(len(values))
-    generator = np.random.default_rng(seed)
+    generator = random_numbers(seed)
     drawn = generator.multinomial(len(paired), np.full(len(paired), 1 / len(paired)), size=RESAMPLES)
     resampled = (drawn.astype(np.float64) @ each.reshape(len(paired), -1)).reshape(-1, len(values), len(values))
     alphas = alpha_of(resampled, distance)

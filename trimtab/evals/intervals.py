@@ -117,7 +117,7 @@ def bootstrap_statistic(
     value = float(statistic(np.arange(count)))
     if count == 1:
         return Estimate(value, math.nan, math.nan, 1)
-    generator = np.random.default_rng(seed)
+    generator = random_numbers(seed)
     drawn = np.array([statistic(generator.integers(count, size=count)) for _ in range(resamples)])
     kept = drawn[np.isfinite(drawn)]
     if not len(kept):
@@ -202,7 +202,7 @@ def resampled_means(
     values: NDArray[np.float64], weights: NDArray[np.float64], seed: int, resamples: int
 ) -> NDArray[np.float64]:
     """The weighted means of `resamples` samples drawn with replacement, `[resamples]`."""
-    generator = np.random.default_rng(seed)
+    generator = random_numbers(seed)
     chunk = max(1, CELLS_PER_CHUNK // len(values))
     means = []
     for start in range(0, resamples, chunk):
@@ -212,6 +212,11 @@ def resampled_means(
         # A resample that drew nothing with weight says nothing; it is left out rather than divided by zero.
         means.append(((values[drawn] * weight).sum(-1)[total > 0]) / total[total > 0])
     return np.concatenate(means)
+
+
+def random_numbers(seed: int) -> np.random.Generator:
+    """The random numbers of a seed, which may be negative as everywhere else; NumPy takes none below zero."""
+    return np.random.default_rng(seed % 2**64)
 
 
 def finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit
 
-from trimtab.evals.intervals import CELLS_PER_CHUNK, Estimate
+from trimtab.evals.intervals import CELLS_PER_CHUNK, Estimate, random_numbers
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01
@@ -67,7 +67,7 @@ def length_controlled(
 def resampled_weights(groups: NDArray[np.intp], seed: int, resamples: int) -> Floats:
     """How often each row counts when its group is drawn with replacement, `[resamples, rows]`."""
     count = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = random_numbers(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return drawn[:, groups].astype(np.float64)
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from trimtab.data.cycles import strong_components
-from trimtab.evals.intervals import Estimate
+from trimtab.evals.intervals import Estimate, random_numbers
 
 Floats = NDArray[np.float64]
 FAR = 10.0
@@ -42,7 +42,7 @@ def bradley_terry(matches: Sequence[Match], seed: int = 0, resamples: int = 1000
     check_reachable(wins, names)
     ratings = fit(wins)
     count = len(by_prompt)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = random_numbers(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     flat = drawn.astype(np.float64) @ by_prompt.reshape(count, -1)
     resampled = fit(flat.reshape(resamples, len(names), len(names)))
     low, high = bounds(resampled) if count > 1 else np.full((2, len(names)), np.nan)

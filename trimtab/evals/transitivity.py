@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import root_scalar
 from scipy.special import expit
 
-from trimtab.evals.intervals import CELLS_PER_CHUNK
+from trimtab.evals.intervals import CELLS_PER_CHUNK, random_numbers
 
 Floats = NDArray[np.float64]
 COIN_FLIPS = 0.25
@@ -166,7 +166,7 @@ def spread_of(agreement: float) -> float:
 
 def simulated(design: Design, totals: NDArray[np.intp], spread: float, simulations: int, seed: int) -> NDArray[np.intp]:
     """The triads and circles of `simulations` sets of votes that one reward makes, `[simulations, 2]`."""
-    generator = np.random.default_rng(seed)
+    generator = random_numbers(seed)
     chunk = max(1, CELLS_PER_CHUNK // max(design.answers, len(design.pairs), len(design.triads), 1))
     found = []
     for start in range(0, simulations, chunk):
