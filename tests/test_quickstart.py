@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,13 @@ def test_rl_may_have_the_reward_model_instead(tmp_path: Path) -> None:
 def test_methods_that_cannot_run_are_refused_at_once(methods: list[str], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         with_sizes(Quickstart(methods=tuple(methods)))
+
+
+def test_flags_of_online_rl_need_online_rl() -> None:
+    for given in (Quickstart(methods=("dpo",), rl_reward="proxy"), Quickstart(methods=("best-of-n",), rl_lr=1e-3)):
+        with pytest.raises(ValueError, match=r"--rl-(reward|lr) has no effect"):
+            with_sizes(given)
+        with_sizes(replace(given, methods=("rloo",)))
 
 
 def test_other_algorithms_take_their_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

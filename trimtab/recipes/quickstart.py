@@ -159,15 +159,21 @@ def with_sizes(config: Quickstart) -> Quickstart:
 
 
 def check_methods(config: Quickstart) -> None:
-    """Refuse unknown methods, and those of which the demo's rollouts are too small, before anything is sampled."""
+    """Refuse unknown methods, those of which the demo's rollouts are too small, and flags of methods that are not
+    given, before anything is sampled.
+    """
     from trimtab.algorithms import ALGORITHMS
     from trimtab.recipes.algorithm import KlOptions, resolve
 
     given, known = config.methods, ("best-of-n", "dpo", *ALGORITHMS)
     if len(set(given)) < len(given) or not set(given) <= set(known):
         raise ValueError(f"--methods {' '.join(given)}: give some of {', '.join(known)}, each once.")
-    for method in set(given) & set(ALGORITHMS):
+    online = set(given) & set(ALGORITHMS)
+    for method in online:
         resolve(algorithm_options(method, config), KlOptions())
+    for name in ("rl_reward", "rl_lr"):
+        if not online and getattr(config, name) != getattr(Quickstart, name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without online RL in --methods.")
 
 
 def algorithm_options(method: str, config: Quickstart) -> AlgorithmOptions:
