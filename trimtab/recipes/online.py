@@ -250,9 +250,7 @@ def evaluation(
         moved = drift_of(kl, samples, config.run.seed)
         values, texts = measure.of(samples), in_groups(samples.texts, samples.n)
         run.append("scores.jsonl", {"step": step, **scores_of(samples, measure.name, values)})
-        for row in range(0, min(config.run.samples, len(prompts)) * samples.n, samples.n):
-            beside = {"kl": kl[row].sum().item(), measure.name: values[row]}
-            run.append("samples.jsonl", {"step": step, **said(samples, row), **beside})
+        write_answers(run, step, samples, {"kl": kl.sum(-1).tolist(), measure.name: values}, config.run.samples)
         figures = measure.mean(values, samples.n, config.run.seed)
         figures |= {"kl": moved.kl.value, "length": moved.length.value, "unfinished": moved.unfinished.value}
         console.print(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -262,9 +260,14 @@ def evaluation(
     return evaluate
 
 
-def said(samples: Samples, row: int) -> dict[str, str]:
-    """A prompt and one answer to it, as samples.jsonl has them."""
-    return {"prompt": samples.row_prompts[row].text, "response": samples.texts[row]}
+def write_answers(
+    run: Run, step: int, samples: Samples, figures: Mapping[str, Sequence[float | None]], prompts: int
+) -> None:
+    """The first answers to so many prompts into samples.jsonl, each with its figures."""
+    for row in range(0, min(prompts, len(samples.prompts)) * samples.n, samples.n):
+        beside = {name: values[row] for name, values in figures.items()}
+        said = {"prompt": samples.row_prompts[row].text, "response": samples.texts[row]}
+        run.append("samples.jsonl", {"step": step, **said, **beside})
 
 
 def scores_of(samples: Samples, measure: str, values: Sequence[float | None]) -> dict[str, Any]:

@@ -42,32 +42,20 @@ def frontier_traces(frontier: Frontier) -> list[dict[str, Any]]:
     for run in dict.fromkeys(point.run for point in frontier.points):
         points = [point for point in frontier.points if point.run == run]
         points.sort(key=lambda point: float("inf") if point.step is None else point.step)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": run,
-                "x": [point.kl.value for point in points],
-                "y": [point.reward.value for point in points],
-                "text": [point.name for point in points],
-                "error_x": bars([point.kl for point in points]),
-                "error_y": bars([point.reward for point in points]),
-            }
-        )
+        kl = [point.kl for point in points]
+        curve = joined(run, [one.value for one in kl], [point.reward for point in points], [one.name for one in points])
+        traces.append(curve | {"error_x": bars(kl)})
     if frontier.best_of_n:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": "best of n (KL at most)",
-                "line": {"dash": "dot"},
-                "x": [one.kl for one in frontier.best_of_n],
-                "y": [one.reward.value for one in frontier.best_of_n],
-                "text": [f"best of {one.n}" for one in frontier.best_of_n],
-                "error_y": bars([one.reward for one in frontier.best_of_n]),
-            }
-        )
+        kl, rewards = [one.kl for one in frontier.best_of_n], [one.reward for one in frontier.best_of_n]
+        curve = joined("best of n (KL at most)", kl, rewards, [f"best of {one.n}" for one in frontier.best_of_n])
+        traces.append(curve | {"line": {"dash": "dot"}})
     return traces
+
+
+def joined(name: str, kl: list[float], rewards: Sequence[Estimate], texts: list[str]) -> dict[str, Any]:
+    """Rewards with their intervals at some KL, joined in their order."""
+    curve = {"type": "scatter", "mode": "lines+markers", "name": name, "x": kl, "text": texts}
+    return curve | {"y": [reward.value for reward in rewards], "error_y": bars(rewards)}
 
 
 def bars(estimates: Sequence[Estimate]) -> dict[str, Any]:
