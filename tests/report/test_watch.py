@@ -203,6 +203,16 @@ class TestServer:
             'data-state="live"' in watched.newest()[1] and "Waiting" not in watched.newest()[1].partition("<script")[0]
         )
 
+    def test_a_directory_that_can_no_longer_be_read_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def refused(directories: list[Path]) -> None:
+            raise PermissionError("no permission for these")
+
+        watched = Watched([make_run(tmp_path / "run", 1)])
+        monkeypatch.setattr("trimtab.report.watch.signature", refused)
+        watched.not_before = 0.0
+        page = watched.newest()[1]
+        assert "no permission for these" in page and '"title": "Loss"' in page
+
     def test_another_name_is_not_answered(self, tmp_path: Path):
         with serving(make_run(tmp_path / "run")) as address:
             assert asked(address, Host="evil.example:80")[0] == 403

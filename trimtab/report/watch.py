@@ -67,7 +67,7 @@ class Watched:
         """The state of the files, and what is wrong with them: a run that is begun again clears its directory."""
         try:
             return signature(self.directories), []
-        except FileNotFoundError as error:
+        except OSError as error:
             if self.seen is None:
                 raise
             return (), [str(error)]
