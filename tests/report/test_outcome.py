@@ -23,12 +23,15 @@ def test_prompt_means_by_hand():
 
 
 def test_the_gain_is_paired_by_prompt():
-    # Prompts differ by far more than the gain, which is the same for all of them: paired, the interval is a point.
-    rows = [scores(0, [0.0], [10.0], [20.0], [None]), scores(9, [1.0], [11.0], [21.0], [5.0])]
-    assert paired_gain(rows, "reward") == (1.0, 1.0, 1.0)
+    # Prompts differ by far more than their gains: paired, the interval is narrow.
+    rows = [scores(0, [0.0], [10.0], [20.0], [None]), scores(9, [0.75], [11.0], [21.25], [5.0])]
+    gain = paired_gain(rows, "reward")
+    assert gain is not None and gain.value == 1.0 and 0.6 < gain.low < 1.0 < gain.high < 1.4
     assert paired_gain(rows, "win_rate") is None
     assert paired_gain(rows[:1], "reward") is None
     assert paired_gain([scores(0, [1.0], [None]), scores(9, [2.0], [2.0])], "reward") is None, "one prompt, no interval"
+    alike = [scores(0, [0.0], [1.0], [0.0]), scores(9, [0.0], [1.0], [0.0])]
+    assert paired_gain(alike, "reward") is None, "three prompts that did not change do not prove that none does"
 
 
 def test_a_clear_gain_and_its_price():
@@ -37,9 +40,9 @@ def test_a_clear_gain_and_its_price():
         evaluation(9, reward=2, kl=4) | {"length": 60, "distinct": 0.6},
     ]
     metrics = [{"step": step, "entropy": 3.0 - 0.1 * step} for step in range(1, 11)]
-    run = record("rloo", evals=evals, metrics=metrics, scores=[scores(0, [1.0], [2.0]), scores(9, [2.0], [3.0])])
+    run = record("rloo", evals=evals, metrics=metrics, scores=[scores(0, [1.0], [2.0]), scores(9, [1.9], [3.1])])
     assert outcome(run) == [
-        "rloo raised the held-out reward by 1.00 (95% interval +1.00 to +1.00).",
+        "rloo raised the held-out reward by 1.00 (95% interval +0.86 to +1.14).",
         "The price of rloo: 4.00 nats of KL per answer from its reference (95% interval 3.50 to 4.50), "
         "answers 20% longer, answers 25% less diverse, entropy from 2.90 to 2.00 nats per token.",
     ]

@@ -230,7 +230,7 @@ def online(tmp_path: Path) -> Page:
     rows = {
         "metrics": [{"step": 1, "reward": 1.0, "kl": 0.0, "entropy": 2.0, "length": 10}],
         "evals": evals,
-        "scores": [{"step": 0, **one_of([0.0] * 6)}, {"step": 8, **one_of([1.0] * 6)}],
+        "scores": [{"step": 0, **one_of([0.0] * 6)}, {"step": 8, **one_of([0.9, 1.1] * 3)}],
         "rollouts": [{"rollout": 1, "kl": 0.1, "health": {"cut": 1}}],
     }
     files = {f"{name}_jsonl": "".join(json.dumps(row) + "\n" for row in some) for name, some in rows.items()}

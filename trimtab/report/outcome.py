@@ -41,7 +41,10 @@ def rewarded(run: RunRecord) -> list[str]:
 
 
 def paired_gain(scores: Rows, measure: str) -> Interval | None:
-    """The last evaluation's mean minus the first one's, paired by prompt; None without two, or with one prompt."""
+    """The last evaluation's mean minus the first one's, paired by prompt; None without two, or with one prompt.
+
+    None as well where all prompts changed alike: the bootstrap's interval is a point then, and nothing is so sure.
+    """
     rows = [row for row in scores if row.get("measure") == measure]
     if len(rows) < 2:
         return None
@@ -50,7 +53,7 @@ def paired_gain(scores: Rows, measure: str) -> Interval | None:
     if len(pairs) < 2:
         return None
     found = bootstrap_difference([a for a, _ in pairs], [b for _, b in pairs])
-    return Interval(found.value, found.low, found.high)
+    return Interval(found.value, found.low, found.high) if found.low < found.high else None
 
 
 def prompt_means(row: Mapping[str, Any]) -> list[float | None]:
