@@ -324,7 +324,15 @@ def test_one_rank_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "{}", '{"identity": "x", "steps": [], "missed": 0}', '{"identity": 1, "steps": {}, "missed": 0}']
+    "content",
+    [
+        "{",
+        "{}",
+        '{"identity": "x", "steps": [], "missed": 0}',
+        '{"identity": 1, "steps": {}, "missed": 0}',
+        '{"identity": "x", "steps": {}, "missed": 0, "more": 1}',
+        '{"identity": "x", "steps": {"train": true}, "missed": 0}',
+    ],
 )
 def test_a_damaged_note_is_named(
     content: str, service: tuple[str, Service], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -264,7 +264,9 @@ def read_sent(directory: Path, name: str) -> Sent | None:
     found = read_json_object(path)
     identity, steps, missed = (found.get(key) for key in ("identity", "steps", "missed"))
     numbers = [missed, *steps.values()] if isinstance(steps, dict) else [None]
-    if not isinstance(identity, str) or not all(isinstance(number, int) for number in numbers):
+    if set(found) != {"identity", "steps", "missed"} or not (
+        isinstance(identity, str) and all(type(number) is int for number in numbers)
+    ):
         raise ValueError(f"{path} does not say what was sent to {name}. Remove it to track the rest as another run.")
     return Sent(**found)
 

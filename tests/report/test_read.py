@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.report import read_run
-from trimtab.report.read import labelled, measured, read_runs
+from trimtab.report import read_run, write_report
+from trimtab.report.read import DEEPEST, labelled, measured, read_runs, runs_in
 
 NEEDED = {"config.yaml": "command: dpo\nlr: 0.1\n", "environment.json": "{}", "metrics.jsonl": ""}
 
@@ -62,3 +62,49 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path):
     paths = [write_run(tmp_path / folder / name) for folder, name in (("a", "dpo"), ("b", "dpo"), ("b", "sft"))]
     assert [run.name for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "sft"]
     assert labelled([str(paths[2])]) == {"sft": paths[2]}
+
+
+def test_links_in_a_circle_are_passed_by(tmp_path: Path):
+    run = write_run(tmp_path / "all" / "run")
+    (tmp_path / "all" / "config.yaml").write_text("command: quickstart\n")
+    (tmp_path / "all" / "latest").symlink_to(".")
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "all")
+    assert runs_in(tmp_path / "all") == [run]
+
+
+def test_runs_that_are_too_deep_are_told(tmp_path: Path):
+    folder = tmp_path
+    for _ in range(DEEPEST + 1):
+        folder = folder / "a"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="directories deep"):
+        runs_in(tmp_path)
+    assert runs_in(tmp_path / "a" / "a") == [folder]
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        ({"methods": 7}, "methods must be a list"),
+        ({"methods": [{"gold": 1.0}]}, "entry 1 of methods"),
+        ({"frontier": [{"method": "dpo"}, {"method": ["dpo"]}]}, "entry 2 of frontier"),
+        ({"texts": [{"prompt": "Hi", "answers": {"dpo": {"gold": 1}}}]}, "entry 1 of texts"),
+        ({"texts": [{"prompt": 3, "answers": {}}]}, "texts of the summary, row 1: its prompt"),
+        ({"notes": "words"}, "notes must be a list"),
+        ({"commands": True}, "commands must be a list"),
+        ({"reward_model": [0.5]}, "reward_model must be an object"),
+    ],
+)
+def test_a_summary_of_another_kind_is_one_error(tmp_path: Path, summary: dict[str, object], told: str):
+    write_run(tmp_path / "all" / "run")
+    (tmp_path / "all" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=told):
+        write_report([tmp_path / "all"], tmp_path / "report.html")
+
+
+def test_null_in_a_summary_is_nothing(tmp_path: Path):
+    write_run(tmp_path / "all" / "run")
+    parts = ("methods", "frontier", "texts", "notes", "commands", "reward_model", "model")
+    (tmp_path / "all" / "summary.json").write_text(json.dumps(dict.fromkeys(parts)))
+    assert write_report([tmp_path / "all"], tmp_path / "report.html").exists()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -13,6 +13,7 @@ import tyro
 from trimtab.conversation import COMMANDS, Conversation, Reply, save, to_seed, typed
 from trimtab.recipes.chat_screen import lines, say, show, working
 from trimtab.recipes.options import Dtype, SamplingOptions, settings_of
+from trimtab.untrusted import home_expanded
 
 if TYPE_CHECKING:
     from trimtab.models import Policy
@@ -118,7 +119,9 @@ def open_talk(config: Chat) -> Talk:
 
 
 def check(config: Chat) -> None:
-    """Refuse what has no effect."""
+    """Refuse what has no effect, and streams that are closed."""
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("chat reads from standard input and answers on standard output, and one of them is closed.")
     if config.reward_weights and not config.reward:
         raise ValueError("--reward-weights has no effect without --reward.")
     if config.sampling.batch_rows != SamplingOptions.batch_rows:
@@ -133,7 +136,7 @@ def reference_of(config: Chat) -> str | None:
 
     if config.reference is not None:
         return None if config.reference == UNMEASURED else config.reference
-    found = run_config(Path(config.model).expanduser())
+    found = run_config(home_expanded(config.model))
     start = found.get("ref_model") or found.get("model")
     return str(start) if start else config.versus
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.recipes.options import Dtype
+from trimtab.untrusted import home_expanded
 
 if TYPE_CHECKING:
     from trimtab.models import Policy
@@ -65,7 +66,7 @@ def start_model(model: str, reference: str | None) -> str:
     """
     if reference is not None:
         return reference
-    config = run_config(Path(model).expanduser())
+    config = run_config(home_expanded(model))
     found = config.get("ref_model") or config.get("model")
     if not found:
         raise ValueError(f"{model} is not of a run directory with a start model: give --reference MODEL.")

@@ -40,6 +40,27 @@ class Interval(NamedTuple):
         return self.low <= 0 <= self.high
 
 
+def checked(place: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary that was read from a file, without what is null. ValueError naming a part that is of another kind."""
+    kept = {part: value for part, value in summary.items() if value is not None}
+    for part in ("methods", "frontier", "texts", "notes", "commands"):
+        if not isinstance(kept.get(part, []), list):
+            raise ValueError(f"{place}: {part} must be a list.")
+    for part in ("methods", "frontier"):
+        for i, entry in enumerate(kept.get(part, ()), 1):
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
+                raise ValueError(f"{place}: entry {i} of {part} must be an object whose `method` is a text.")
+    for i, entry in enumerate(kept.get("texts", ()), 1):
+        answers = entry.get("answers") if isinstance(entry, Mapping) else None
+        if not isinstance(answers, Mapping) or not all(
+            isinstance(answer, Mapping) and "text" in answer for answer in answers.values()
+        ):
+            raise ValueError(f"{place}: entry {i} of texts must have `answers`, each an object with a `text`.")
+    if not isinstance(kept.get("reward_model", {}), Mapping):
+        raise ValueError(f"{place}: reward_model must be an object.")
+    return kept
+
+
 def number(value: Any) -> float | None:
     """`value` as a float if it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
