@@ -97,6 +97,30 @@ def test_methods_that_cannot_run_are_refused_at_once(methods: list[str], expecte
         with_sizes(Quickstart(methods=tuple(methods)))
 
 
+@pytest.mark.parametrize(
+    ("methods", "flags", "told"),
+    [
+        (("best-of-n", "dpo"), {"rl_reward": "proxy"}, "--rl-reward proxy has no effect: there is no online RL"),
+        (("dpo",), {"rl_rollouts": 3}, "--rl-rollouts 3 has no effect"),
+        (("rloo",), {"beta": 0.3}, "--beta 0.3 has no effect: there is no dpo"),
+    ],
+)
+def test_flags_of_methods_that_are_not_given_are_refused(methods: tuple[str, ...], flags: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        with_sizes(Quickstart(methods=methods, **flags))
+    assert with_sizes(with_sizes(Quickstart(methods=methods))).methods == methods  # as a stored config is repeated
+
+
+def test_what_cannot_be_resumed_is_not_advised(
+    summary: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quickstart", "--model", "tiny", "--out", str(summary[0])]) == 2
+    (tmp_path / "note.txt").write_text("mine")
+    assert main(["quickstart", "--model", "tiny", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("--overwrite") == 2 and "--resume" not in told
+
+
 def test_other_algorithms_take_their_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
     sizes = ["--prompts", "9", "--held-out-prompts", "2", "--n", "2", "--max-new-tokens", "6", "--rl-rollouts", "2"]

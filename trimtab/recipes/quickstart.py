@@ -103,8 +103,8 @@ def quickstart(config: Quickstart) -> None:
     from trimtab.rewards import parse_reward
     from trimtab.run import Run
 
-    check_out(RunOptions(config.out, overwrite=config.overwrite))
     config = with_sizes(config)
+    check_out(RunOptions(config.out, overwrite=config.overwrite), resumes=False)
     assert config.prompts and config.held_out_prompts
     prompts = review_prompts(config.prompts, seed=config.seed, split="train")
     held_out = review_prompts(config.held_out_prompts, seed=config.seed, split="heldout")
@@ -155,6 +155,7 @@ def with_sizes(config: Quickstart) -> Quickstart:
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a number above 0 is needed.")
     check_methods(config)
+    check_effect(config, rl_rollouts)
     return config
 
 
@@ -168,6 +169,20 @@ def check_methods(config: Quickstart) -> None:
         raise ValueError(f"--methods {' '.join(given)}: give some of {', '.join(known)}, each once.")
     for method in set(given) & set(ALGORITHMS):
         resolve(algorithm_options(method, config), KlOptions())
+
+
+def check_effect(config: Quickstart, rl_rollouts: int) -> None:
+    """Refuse flags of methods that are not given. `rl_rollouts` is what a stored config says where nobody asked."""
+    rl = [name for name in config.methods if name not in ("best-of-n", "dpo")]
+    of_method = {"dpo": ("beta", "lr", "epochs"), "online RL": ("rl_reward", "rl_rollouts", "rl_lr")}
+    usual = replace(Quickstart(), rl_rollouts=rl_rollouts)
+    for method in [*([] if "dpo" in config.methods else ["dpo"]), *([] if rl else ["online RL"])]:
+        for name in of_method[method]:
+            if getattr(config, name) != getattr(usual, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(config, name)} has no effect: there is no {method} in "
+                    f"--methods {' '.join(config.methods)}."
+                )
 
 
 def algorithm_options(method: str, config: Quickstart) -> AlgorithmOptions:
