@@ -351,6 +351,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert COMMANDS[name].about[1:30] in shown.replace("\n", " ") or len(shown) > 200
 
 
+@pytest.mark.parametrize("group", ["evaluate", "data"])
+def test_help_of_a_group_lists_its_commands_alone(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([group, "--help"]) == 0
+    listed = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == [name for name in COMMANDS if name.startswith(f"{group} ")] and len(listed) > 1
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     probe = (
         "import sys; from trimtab.cli import main; main({}); "
