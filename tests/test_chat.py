@@ -224,6 +224,15 @@ def test_mistakes_in_flags_are_told(flags: list[str], told: str, said: Said) -> 
     assert told in err and not out
 
 
+@pytest.mark.parametrize("stream", ["stdin", "stdout"])
+def test_a_closed_stream_is_told_before_anything_is_loaded(
+    stream: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"sys.{stream}", None)
+    assert main(["chat", "tiny"]) == 2
+    assert capsys.readouterr().err.startswith("trimtab: chat reads from standard input")
+
+
 def test_the_legend_says_when_kl_is_no_kl_of_the_model() -> None:
     assert "not drawn plainly" not in legend("M", SamplingOptions(max_new_tokens=3, stop=("x",)))
     assert "not drawn plainly" in legend("M", SamplingOptions(temperature=0.5))

@@ -79,6 +79,8 @@ def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
             save([reply], name)
     with pytest.raises(OSError, match="nowhere"):
         save([reply], str(tmp_path / "nowhere" / "x.jsonl"))
+    with pytest.raises(OSError, match="nobody-of-this-name"):
+        save([reply], "~nobody-of-this-name/x.jsonl")
 
 
 def test_figures_for_people() -> None:

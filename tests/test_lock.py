@@ -147,3 +147,14 @@ def test_a_command_is_refused_before_anything_is_loaded_and_readers_are_not(
         assert main(["report", str(out), "--out", str(page)]) == 0
         assert page.exists()
     assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.name != LOCK}
+
+
+@pytest.mark.parametrize("target", ["loop", "nowhere"])
+def test_a_run_directory_that_is_a_link_to_nothing_is_told(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to(target)
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(["dpo", "--model", "tiny", "--data", "pairs.jsonl", "--out", "loop", "--steps", "1"]) == 2
+    assert "--out loop is a link that leads nowhere" in capsys.readouterr().err

@@ -1,5 +1,9 @@
 """Progress that people read: lines where there is no terminal, and one voice at a time."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from trimtab.progress import progress_bar
@@ -25,3 +29,16 @@ def test_what_belongs_to_a_step_is_silent(capsys: pytest.CaptureFixture[str]) ->
     with progress_bar("score", 3) as advance:
         advance(3)
     assert capsys.readouterr().err.startswith("score 3/3")
+
+
+def test_work_goes_on_when_nobody_reads_any_more() -> None:
+    code = "from trimtab.progress import console; import sys\n"
+    code += "for _ in range(3): console.print('here')\n"
+    code += "sys.stderr.write('and others'); sys.stderr.flush(); print('done')"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as nobody:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stderr=nobody, stdout=subprocess.PIPE, text=True, check=True
+        )
+    assert done.stdout == "done\n"

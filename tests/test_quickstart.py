@@ -4,7 +4,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,11 +97,28 @@ def test_methods_that_cannot_run_are_refused_at_once(methods: list[str], expecte
         with_sizes(Quickstart(methods=tuple(methods)))
 
 
-def test_flags_of_online_rl_need_online_rl() -> None:
-    for given in (Quickstart(methods=("dpo",), rl_reward="proxy"), Quickstart(methods=("best-of-n",), rl_lr=1e-3)):
-        with pytest.raises(ValueError, match=r"--rl-(reward|lr) has no effect"):
-            with_sizes(given)
-        with_sizes(replace(given, methods=("rloo",)))
+@pytest.mark.parametrize(
+    ("methods", "flags", "told"),
+    [
+        (("best-of-n", "dpo"), {"rl_reward": "proxy"}, "--rl-reward proxy has no effect: there is no online RL"),
+        (("dpo",), {"rl_rollouts": 3}, "--rl-rollouts 3 has no effect"),
+        (("rloo",), {"beta": 0.3}, "--beta 0.3 has no effect: there is no dpo"),
+    ],
+)
+def test_flags_of_methods_that_are_not_given_are_refused(methods: tuple[str, ...], flags: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        with_sizes(Quickstart(methods=methods, **flags))
+    assert with_sizes(with_sizes(Quickstart(methods=methods))).methods == methods  # as a stored config is repeated
+
+
+def test_what_cannot_be_resumed_is_not_advised(
+    summary: tuple[Path, dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quickstart", "--model", "tiny", "--out", str(summary[0])]) == 2
+    (tmp_path / "note.txt").write_text("mine")
+    assert main(["quickstart", "--model", "tiny", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("--overwrite") == 2 and "--resume" not in told
 
 
 def test_other_algorithms_take_their_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -342,7 +342,8 @@ def test_one_rank_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "{}",
         '{"identity": "x", "steps": [], "missed": 0}',
         '{"identity": 1, "steps": {}, "missed": 0}',
-        '{"identity": "x", "steps": {}, "missed": 0, "other": 1}',
+        '{"identity": "x", "steps": {}, "missed": 0, "more": 1}',
+        '{"identity": "x", "steps": {"train": true}, "missed": 0}',
     ],
 )
 def test_a_damaged_note_is_named(

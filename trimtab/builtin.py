@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.progress import console
+from trimtab.untrusted import home_expanded
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 def cache_folder() -> Path:
     """Where built-in models are kept: `$TRIMTAB_CACHE`, else `trimtab` in the user's cache folder."""
     if given := os.environ.get("TRIMTAB_CACHE"):
-        return Path(given).expanduser()
+        return home_expanded(given)
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "trimtab"
     if sys.platform == "darwin":

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from trimtab.data import to_row
 from trimtab.records import Answer, Demonstration, Message, Prompt
+from trimtab.untrusted import home_expanded
 
 COMMANDS = {
     "/reset": "begin anew; the system message stays",
@@ -115,7 +115,7 @@ class Reply:
 
 def save(replies: list[Reply], name: str) -> None:
     """Add replies to a .jsonl file. ValueError where there are none, or for another kind of file."""
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if not replies:
         raise ValueError("/save: nothing was answered yet.")
     if path.suffix != ".jsonl":

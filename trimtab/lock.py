@@ -75,6 +75,8 @@ def check_unlocked(directory: Path) -> None:
 def open_lock(path: Path, how: int) -> int:
     """The lock's file, opened: no link is followed, no pipe waited for, and programs that we start do not get it."""
     assert sys.platform != "win32"
+    if path.is_symlink():
+        raise OSError(f"{path} is a link. Remove it.")
     file = os.open(path, how | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +11,17 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class Steady(Console):
+    """A console whose reader may leave (`2>&1 | head`, a `tee` that died): work goes on, and what it says is lost."""
+
+    def on_broken_pipe(self) -> None:
+        """Let standard error lead nowhere, for all that write to it."""
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+
+
+console = Steady(stderr=True, highlight=False, soft_wrap=True)
 
 _shown: list[str] = []
 """The titles of the bars under way; only the first speaks."""

@@ -20,7 +20,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -262,10 +262,11 @@ def read_sent(directory: Path, name: str) -> Sent | None:
     if not path.exists():
         return None
     found = read_json_object(path)
-    identity, steps = found.get("identity"), found.get("steps")
-    numbers = [found.get("missed"), *steps.values()] if isinstance(steps, dict) else [None]
-    known = isinstance(identity, str) and all(isinstance(number, int) for number in numbers)
-    if not known or len(found) > len(fields(Sent)):
+    identity, steps, missed = (found.get(key) for key in ("identity", "steps", "missed"))
+    numbers = [missed, *steps.values()] if isinstance(steps, dict) else [None]
+    if set(found) != {"identity", "steps", "missed"} or not (
+        isinstance(identity, str) and all(type(number) is int for number in numbers)
+    ):
         raise ValueError(f"{path} does not say what was sent to {name}. Remove it to track the rest as another run.")
     return Sent(**found)
 

@@ -146,6 +146,11 @@ def read_text(path: Path, most: int = MOST_SETTINGS) -> str:
         return decoded(str(path), read_whole(path, stream, most))
 
 
+def home_expanded(name: str) -> Path:
+    """A path whose `~` is somebody's home; as it stands where there is no such person, whom `expanduser` fails on."""
+    return Path(os.path.expanduser(name))
+
+
 def printable(text: str) -> str:
     """A text that does nothing to a terminal: control characters other than line ends and tabs are written out."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)

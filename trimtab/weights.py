@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.builtin import BUILTIN_MODELS, builtin_model, written_whole
 from trimtab.model_files import check_files, check_safetensors, own_code, tensor_names
 from trimtab.progress import console
-from trimtab.untrusted import read_json_object
+from trimtab.untrusted import home_expanded, read_json_object
 
 Source = Path | str
 """A folder, or the id of a model on the hub."""
@@ -53,7 +53,7 @@ def resolve(source: Source) -> Source:
     name = str(source)
     if name in BUILTIN_MODELS:
         return builtin_model(name)
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.is_dir():
         folder = _model_folder(path)
         check_files(folder)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.report import read_run
-from trimtab.report.page import write_report
-from trimtab.report.read import labelled, measured, read_runs
+from trimtab.report import read_run, write_report
+from trimtab.report.read import DEEPEST, labelled, measured, read_runs, runs_in
 
 NEEDED = {"config.yaml": "command: dpo\nlr: 0.1\n", "environment.json": "{}", "metrics.jsonl": ""}
 
@@ -59,6 +58,8 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, name: str, con
         ({"texts": [{"prompt": "p"}]}, "texts: expected"),
         ({"commands": 4}, "commands: expected a list of texts"),
         ({"notes": [4]}, "notes: expected a list of texts"),
+        ({"notes": "words"}, "notes: expected a list of texts"),
+        ({"reward_model": [0.5]}, "reward_model: expected an object"),
     ],
 )
 def test_a_summary_that_is_none_is_one_error_that_names_it(tmp_path: Path, summary: dict[str, object], told: str):
@@ -68,7 +69,7 @@ def test_a_summary_that_is_none_is_one_error_that_names_it(tmp_path: Path, summa
 
 
 def test_what_a_summary_lacks_is_left_out(tmp_path: Path):
-    said = {"model": "mine", "methods": [{"method": "start", "kl": "x"}], "reward_model": 4, "texts": []}
+    said = {"model": "mine", "methods": [{"method": "start", "kl": "x"}], "reward_model": None, "texts": []}
     run = write_run(tmp_path / "run", **{"summary.json": json.dumps(said)})
     assert "Steering mine" in write_report([run], tmp_path / "page.html").read_text()
 
@@ -87,3 +88,29 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path):
     paths = [write_run(tmp_path / folder / name) for folder, name in (("a", "dpo"), ("b", "dpo"), ("b", "sft"))]
     assert [run.name for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "sft"]
     assert labelled([str(paths[2])]) == {"sft": paths[2]}
+
+
+def test_links_in_a_circle_are_passed_by(tmp_path: Path):
+    run = write_run(tmp_path / "all" / "run")
+    (tmp_path / "all" / "config.yaml").write_text("command: quickstart\n")
+    (tmp_path / "all" / "latest").symlink_to(".")
+    (tmp_path / "all" / "again").symlink_to(tmp_path / "all")
+    assert runs_in(tmp_path / "all") == [run]
+
+
+def test_runs_that_are_too_deep_are_told(tmp_path: Path):
+    folder = tmp_path
+    for _ in range(DEEPEST + 1):
+        folder = folder / "a"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("{}")
+    with pytest.raises(ValueError, match="directories deep"):
+        runs_in(tmp_path)
+    assert runs_in(tmp_path / "a" / "a") == [folder]
+
+
+def test_null_in_a_summary_is_nothing(tmp_path: Path):
+    write_run(tmp_path / "all" / "run")
+    parts = ("methods", "frontier", "texts", "notes", "commands", "reward_model", "model")
+    (tmp_path / "all" / "summary.json").write_text(json.dumps(dict.fromkeys(parts)))
+    assert write_report([tmp_path / "all"], tmp_path / "report.html").exists()

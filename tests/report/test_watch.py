@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -18,10 +19,11 @@ import pytest
 
 from tests.report.test_page import make_run
 from trimtab.cli import main
+from trimtab.report import watch
 from trimtab.report.live import notes, read_growing, read_live, signature, state
 from trimtab.report.page import write_report
 from trimtab.report.read import runs_in
-from trimtab.report.watch import Watched, open_server
+from trimtab.report.watch import Answers, Watched, open_server
 
 
 @contextmanager
@@ -51,6 +53,11 @@ def asked(address: str, **headers: str) -> tuple[int, str, dict[str, str]]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode(), dict(error.headers)
+
+
+def connected(address: str) -> socket.socket:
+    """A reader who has said nothing yet."""
+    return socket.create_connection(("127.0.0.1", int(address.rstrip("/").rpartition(":")[2])), timeout=20)
 
 
 def append(path: Path, text: str) -> None:
@@ -220,6 +227,44 @@ class TestServer:
             assert asked(address, Host="[")[0] == 403
             assert asked(address, Host="localhost")[0] == 200
 
+    @pytest.mark.parametrize(
+        ("request_line", "host", "status"),
+        [("/", "[", "403"), ("http://[", "localhost", "400"), ("/", "127.0.0.1", "200")],
+    )
+    def test_no_address_is_an_answer_and_no_traceback(
+        self, request_line: str, host: str, status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        with serving(make_run(tmp_path / "run")) as address, connected(address) as reader:
+            reader.sendall(f"GET {request_line} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert reader.makefile("rb").readline().split()[1].decode() == status
+        assert capsys.readouterr().err == ""
+
+    def test_a_reader_who_leaves_in_the_middle_of_a_question_is_no_trouble(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ):
+        with serving(make_run(tmp_path / "run")) as address:
+            reader = connected(address)
+            reader.sendall(b"GET / HT")
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no end
+            reader.close()
+            assert asked(address)[0] == 200
+        assert capsys.readouterr().err == ""
+
+    def test_who_says_nothing_is_let_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(Answers, "timeout", 0.1)
+        with serving(make_run(tmp_path / "run")) as address, connected(address) as reader:
+            assert reader.recv(1) == b""
+
+    def test_a_directory_that_may_not_be_read_any_more_is_told(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        watched = Watched([make_run(tmp_path / "run", 1)])
+
+        def refused(directories: object) -> None:
+            raise PermissionError("Permission denied: here")
+
+        monkeypatch.setattr(watch, "signature", refused)
+        watched.not_before = 0.0
+        assert "Permission denied: here" in watched.newest()[1]
+
     def test_there_is_one_page_alone(self, tmp_path: Path):
         with serving(make_run(tmp_path / "run")) as address:
             assert asked(f"{address}favicon.ico")[0] == asked(f"{address}favicon.ico?a=[")[0] == 204
@@ -238,7 +283,10 @@ class TestCommand:
         assert "There is no directory" in capsys.readouterr().err
         assert main(["watch"]) == 2 and main(["watch", run, "--port", "65536"]) == 2
         assert main(["watch", run, "--port", "0", "--host", "no.such.host.invalid"]) == 2
-        assert "cannot listen on no.such.host.invalid" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "cannot listen on no.such.host.invalid" in told and "Give another --host" in told
+        assert main(["watch", run, "--port", "0", "--host", ""]) == 2
+        assert "--host ''" in capsys.readouterr().err
 
     def test_ctrl_c_ends_it_quietly(self, tmp_path: Path):
         run = make_run(tmp_path / "run")

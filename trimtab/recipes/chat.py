@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -117,7 +118,9 @@ def open_talk(config: Chat) -> Talk:
 
 
 def check(config: Chat) -> None:
-    """Refuse what has no effect."""
+    """Refuse what has no effect, and streams that are closed."""
+    if sys.stdin is None or sys.stdout is None:
+        raise ValueError("chat reads from standard input and answers on standard output, and one of them is closed.")
     if config.reward_weights and not config.reward:
         raise ValueError("--reward-weights has no effect without --reward.")
     if config.sampling.batch_rows != SamplingOptions.batch_rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.recipes.options import Dtype
+from trimtab.untrusted import home_expanded
 
 if TYPE_CHECKING:
     from trimtab.models import Policy
@@ -73,7 +74,7 @@ def start_model(model: str, reference: str | None) -> str:
 
 def begun_from(model: str) -> str | None:
     """The reference of the run that a model is of, or what that run started from; None where it is of no run."""
-    config = run_config(Path(model).expanduser())
+    config = run_config(home_expanded(model))
     found = config.get("ref_model") or config.get("model")
     return str(found) if found else None
 

@@ -203,7 +203,7 @@ def check_outside(out: str, flag: str, value: str | None) -> None:
     """Refuse an empty name, and one inside the directory that --overwrite would replace."""
     if value == "":
         raise ValueError(f"{flag} is empty.")
-    if value and Path(value).exists() and Path(value).resolve().is_relative_to(Path(out).resolve()):
+    if value and Path(value).exists() and Path(value).resolve().is_relative_to(os.path.realpath(out)):
         raise ValueError(f"{flag} {value} lies in --out {out}, which would be replaced. Give another --out.")
 
 
@@ -241,9 +241,14 @@ def check_limit(limit: int | None) -> None:
         raise ValueError(f"--limit {limit}: at least 1 is needed.")
 
 
-def check_out(options: RunOptions) -> None:
-    """Refuse a run directory that holds something, before any work is done for it."""
+def check_out(options: RunOptions, *, resumes: bool = True) -> None:
+    """Refuse a run directory that holds something, before any work is done for it.
+
+    `resumes`: whether the command can go on with a run.
+    """
     out = Path(options.out)
+    if out.is_symlink() and not out.exists():
+        raise FileNotFoundError(f"--out {out} is a link that leads nowhere. Remove it, or give another directory.")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"--out {out} is a file; give a directory that does not exist yet.")
     if not options.out:
@@ -256,23 +261,22 @@ def check_out(options: RunOptions) -> None:
     if out.is_dir():
         check_unlocked(out)
     if out.is_dir() and holds_anything(out):
-        check_run(options)
+        check_run(options, resumes)
     elif options.resume_from:
         raise FileNotFoundError(f"--resume-from {options.resume_from}: there is no run in --out {out}.")
 
 
-def check_run(options: RunOptions) -> None:
+def check_run(options: RunOptions, resumes: bool) -> None:
     """Refuse to touch a run directory unless a flag says what shall become of it."""
     out = Path(options.out)
     if not (out / "config.yaml").exists():
         told = "already holds something that is no run (no config.yaml)"
-        raise FileExistsError(
-            f"--out {out} {told}, so there is nothing to --resume or to --overwrite. Give another directory."
-        )
+        able = "to --resume or to --overwrite" if resumes else "to --overwrite"
+        raise FileExistsError(f"--out {out} {told}, so there is nothing {able}. Give another directory.")
     if not (options.overwrite or options.resume or options.resume_from):
         raise FileExistsError(
-            f"--out {out} already holds a run. Add --resume to go on with it or --overwrite to replace it, or give "
-            "another directory."
+            f"--out {out} already holds a run. Add {'--resume to go on with it or ' if resumes else ''}--overwrite to "
+            "replace it, or give another directory."
         )
 
 

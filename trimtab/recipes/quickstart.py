@@ -103,8 +103,8 @@ def quickstart(config: Quickstart) -> None:
     from trimtab.rewards import parse_reward
     from trimtab.run import Run
 
-    check_out(RunOptions(config.out, overwrite=config.overwrite))
     config = with_sizes(config)
+    check_out(RunOptions(config.out, overwrite=config.overwrite), resumes=False)
     assert config.prompts and config.held_out_prompts
     prompts = review_prompts(config.prompts, seed=config.seed, split="train")
     held_out = review_prompts(config.held_out_prompts, seed=config.seed, split="heldout")
@@ -155,25 +155,34 @@ def with_sizes(config: Quickstart) -> Quickstart:
         if not 0 < getattr(config, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: a number above 0 is needed.")
     check_methods(config)
+    check_effect(config, rl_rollouts)
     return config
 
 
 def check_methods(config: Quickstart) -> None:
-    """Refuse unknown methods, those of which the demo's rollouts are too small, and flags of methods that are not
-    given, before anything is sampled.
-    """
+    """Refuse unknown methods, and those of which the demo's rollouts are too small, before anything is sampled."""
     from trimtab.algorithms import ALGORITHMS
     from trimtab.recipes.algorithm import KlOptions, resolve
 
     given, known = config.methods, ("best-of-n", "dpo", *ALGORITHMS)
     if len(set(given)) < len(given) or not set(given) <= set(known):
         raise ValueError(f"--methods {' '.join(given)}: give some of {', '.join(known)}, each once.")
-    online = set(given) & set(ALGORITHMS)
-    for method in online:
+    for method in set(given) & set(ALGORITHMS):
         resolve(algorithm_options(method, config), KlOptions())
-    for name in ("rl_reward", "rl_lr"):
-        if not online and getattr(config, name) != getattr(Quickstart, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without online RL in --methods.")
+
+
+def check_effect(config: Quickstart, rl_rollouts: int) -> None:
+    """Refuse flags of methods that are not given. `rl_rollouts` is what a stored config says where nobody asked."""
+    rl = [name for name in config.methods if name not in ("best-of-n", "dpo")]
+    of_method = {"dpo": ("beta", "lr", "epochs"), "online RL": ("rl_reward", "rl_rollouts", "rl_lr")}
+    usual = replace(Quickstart(), rl_rollouts=rl_rollouts)
+    for method in [*([] if "dpo" in config.methods else ["dpo"]), *([] if rl else ["online RL"])]:
+        for name in of_method[method]:
+            if getattr(config, name) != getattr(usual, name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {getattr(config, name)} has no effect: there is no {method} in "
+                    f"--methods {' '.join(config.methods)}."
+                )
 
 
 def algorithm_options(method: str, config: Quickstart) -> AlgorithmOptions:

@@ -32,6 +32,8 @@ def watch(config: Watch) -> None:
         raise ValueError("give at least one run directory.")
     if not 0 <= config.port < 2**16:
         raise ValueError(f"--port {config.port}: a number from 0 to 65535 is needed.")
+    if not config.host:
+        raise ValueError("--host '': an address is needed, such as 127.0.0.1.")
     with open_server([Path(run) for run in config.runs], config.host, config.port) as server:
         console.print(
             f"watching {', '.join(config.runs)} at http://{config.host}:{server.server_port}/ (Ctrl-C ends it)"

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.report.summary import check_summary, number
+from trimtab.report.summary import checked, number
 from trimtab.untrusted import read_json_lines, read_json_object, read_text, read_yaml_mapping
 
 Rows = Sequence[Mapping[str, Any]]
 
+DEEPEST = 20
+"""Directories of runs that may stand inside each other."""
 SUMMARY = "summary.json"
 """What `trimtab quickstart` writes beside its runs, to compare them."""
 
@@ -43,33 +45,32 @@ class RunRecord:
         return str(self.settings.get("command", ""))
 
 
-def runs_in(directory: Path) -> list[Path]:
-    """The directory itself if it is a run's, else the runs inside, at any depth, oldest first; itself if there is none.
+def runs_in(directory: Path, above: frozenset[Path] = frozenset()) -> list[Path]:
+    """The directory itself if it is a run's, else the runs inside, oldest first; itself if there is none.
 
-    Raises FileNotFoundError if there is no such directory.
+    Links to a directory above are passed by. Raises FileNotFoundError if there is no such directory, ValueError where
+    directories stand inside each other more than `DEEPEST` times.
     """
     if not directory.is_dir():
         raise FileNotFoundError(
             f"There is no directory '{directory}'. Give the --out directory of a trimtab command that has begun."
         )
-    inside = [path.parent for path in directory.glob("*/config.yaml")]
+    above |= {directory.resolve()}
+    if len(above) > DEEPEST:
+        raise ValueError(f"{directory}: runs more than {DEEPEST} directories deep. Give a directory further down.")
+    inside = [path.parent for path in directory.glob("*/config.yaml") if path.parent.resolve() not in above]
     if (directory / "metrics.jsonl").exists() or not inside:
         return [directory]
     inside.sort(key=lambda run: ((run / "config.yaml").stat().st_mtime_ns, run.name))
-    return [run for one in inside for run in runs_in(one)]
+    return [run for one in inside for run in runs_in(one, above)]
 
 
 def summary_in(directories: Sequence[Path]) -> dict[str, Any]:
-    """The summary that a single directory of several runs may have. ValueError naming what is not as it must be."""
+    """The summary that a single directory of several runs may have. ValueError naming what is wrong in it."""
     if len(directories) != 1:
         return {}
     path = directories[0] / SUMMARY
-    found = _optional_object(path)
-    try:
-        check_summary(found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from None
-    return found
+    return checked(str(path), _optional_object(path))
 
 
 def read_runs(directories: Iterable[str | Path]) -> list[RunRecord]:

@@ -88,12 +88,16 @@ LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 """The lists of a summary: what each of their entries must be, and that in words."""
 
 
-def check_summary(summary: Mapping[str, Any]) -> None:
-    """ValueError naming the list of a summary that is none, or has an entry that cannot be read."""
-    for key, (can_be_read, expected) in LISTS.items():
-        found = summary.get(key, [])
+def checked(place: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary that was read from a file, without what is null. ValueError naming a part that is of another kind."""
+    kept = {part: value for part, value in summary.items() if value is not None}
+    for part, (can_be_read, expected) in LISTS.items():
+        found = kept.get(part, [])
         if not isinstance(found, list) or not all(map(can_be_read, found)):
-            raise ValueError(f"{key}: expected a list of {expected}")
+            raise ValueError(f"{place}: {part}: expected a list of {expected}.")
+    if not isinstance(kept.get("reward_model", {}), Mapping):
+        raise ValueError(f"{place}: reward_model: expected an object.")
+    return kept
 
 
 def is_best_of(method: str) -> bool:

@@ -240,7 +240,8 @@ def orders(cards: Sequence[Card]) -> dict[str, Order]:
 
 def reading(summary: Mapping[str, Any], runs: Sequence[RunRecord]) -> dict[str, Any]:
     """All texts and their orders, for the page's script; where a summary has no texts, the samples of the runs."""
-    cards = cards_of([_of_summary(entry) for entry in summary.get("texts") or ()])
+    told = enumerate(summary.get("texts") or (), 1)
+    cards = cards_of([_told_of("texts of the summary", place, _of_summary, entry) for place, entry in told])
     cards = cards or [card for run in runs for card in cards_of(texts_of(run, run.name if len(runs) > 1 else ""))]
     suspicious = sum(any(card.signs) for card in cards)
     return {
@@ -306,15 +307,15 @@ def _measured(row: Mapping[str, Any]) -> tuple[float | None, float | None, float
 def texts_of(run: RunRecord, source: str = "") -> list[Text]:
     """What a run's policy said: its samples, then the rollouts of online RL. ValueError names the row that is none."""
     rollouts = [(place, row) for place, row in enumerate(run.rollouts, 1) if "answers" in row]
-    with_places = [_told_of(run, "rollouts.jsonl", place, _rollout, row, source) for place, row in rollouts]
+    with_places = [_told_of(f"rollouts.jsonl of {run.name}", place, _rollout, row, source) for place, row in rollouts]
     return sampled(run, source) + with_places
 
 
-def _told_of(run: RunRecord, file: str, place: int, read: Callable[..., Any], *given: Any) -> Any:
+def _told_of(file: str, place: int, read: Callable[..., Any], *given: Any) -> Any:
     try:
         return read(*given)
     except ValueError as error:
-        raise ValueError(f"{file} of {run.name}, row {place}: {error}.") from None
+        raise ValueError(f"{file}, row {place}: {error}.") from None
 
 
 def sampled(run: RunRecord, source: str = "") -> list[Text]:
@@ -326,9 +327,9 @@ def sampled(run: RunRecord, source: str = "") -> list[Text]:
     by_prompt: dict[str, dict[float | None, list[Mapping[str, Any]]]] = {}
     for place, row in enumerate(run.samples, 1):
         if "answers" in row:
-            whole.append(_told_of(run, "samples.jsonl", place, _of_summary, row, source))
+            whole.append(_told_of(f"samples.jsonl of {run.name}", place, _of_summary, row, source))
         else:
-            prompt, step = _told_of(run, "samples.jsonl", place, _key, row)
+            prompt, step = _told_of(f"samples.jsonl of {run.name}", place, _key, row)
             by_prompt.setdefault(prompt, {}).setdefault(step, []).append(row)
     return whole + [text for prompt, by_step in by_prompt.items() for text in _paired(prompt, by_step, source)]
 

@@ -5,6 +5,7 @@ The page asks for news every two seconds (templates/live.js); it is rendered aga
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 import time
@@ -15,7 +16,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from plotly.offline import get_plotlyjs
 
@@ -23,6 +24,8 @@ from trimtab.report.live import Live, Signature, notes, read_live, signature, st
 from trimtab.report.page import render
 from trimtab.report.read import RunRecord
 
+SLOWEST = 120.0
+"""Seconds after which a reader who says or takes nothing is let go."""
 PATIENCE = 20.0
 """After a page took a second of a processor, the next one is made so many seconds later: training needs it, too."""
 THIS_MACHINE = ("localhost", "127.0.0.1")
@@ -82,20 +85,29 @@ class Watched:
 class Answers(BaseHTTPRequestHandler):
     """The page at /; at /?since=VERSION the newest one without plotly.js, or nothing if it is that one."""
 
+    timeout = SLOWEST
+
     def __init__(self, watched: Watched, names: Sequence[str], *rest: Any) -> None:
         self.watched, self.names = watched, names
         super().__init__(*rest)
 
+    def handle(self) -> None:
+        """One request of a reader, who may leave in the middle of it."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self) -> None:
         """Answer one request."""
-        path, _, query = self.path.partition("?")
-        if self.names and self.headers.get("Host", "").partition(":")[0].lower() not in self.names:
+        asked, host = split(self.path), split("//" + self.headers.get("Host", ""))
+        if self.names and (host is None or host.hostname not in self.names):
             # A page from elsewhere whose name was made to point here must not read runs.
             self.answer(HTTPStatus.FORBIDDEN, "trimtab watch does not go by that name.", "text/plain")
-        elif path != "/":
-            self.answer(HTTPStatus.NO_CONTENT if path == "/favicon.ico" else HTTPStatus.NOT_FOUND)
+        elif asked is None:
+            self.answer(HTTPStatus.BAD_REQUEST)
+        elif asked.path != "/":
+            self.answer(HTTPStatus.NO_CONTENT if asked.path == "/favicon.ico" else HTTPStatus.NOT_FOUND)
         else:
-            self.answer_page(parse_qs(query).get("since", [""])[0])
+            self.answer_page(parse_qs(asked.query).get("since", [""])[0])
 
     def answer_page(self, since: str) -> None:
         """The newest page, if it is another one."""
@@ -108,7 +120,7 @@ class Answers(BaseHTTPRequestHandler):
     def answer(self, status: HTTPStatus, text: str = "", kind: str = "text/html") -> None:
         """Send a text; the reader may have left meanwhile."""
         content = text.encode("utf-8", "replace")
-        with suppress(ConnectionError):
+        with suppress(ConnectionError, TimeoutError):
             self.send_response(status)
             if status != HTTPStatus.NO_CONTENT:
                 self.send_header("Content-Type", f"{kind}; charset=utf-8")
@@ -124,6 +136,14 @@ class Answers(BaseHTTPRequestHandler):
         """Nothing: a line for every question would hide what training says."""
 
 
+def split(address: str) -> SplitResult | None:
+    """An address in its parts; None for what is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return None
+
+
 def open_server(directories: Sequence[Path], host: str, port: int) -> ThreadingHTTPServer:
     """A server that is ready to serve the page of these run directories. Port 0 takes a free one.
 
@@ -135,4 +155,6 @@ def open_server(directories: Sequence[Path], host: str, port: int) -> ThreadingH
         return ThreadingHTTPServer((host, port), partial(Answers, watched, names))
     except OSError as error:
         advice = "Give another --port, or --port 0 for any free one."
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            advice = "Give another --host: 127.0.0.1 for this machine alone, 0.0.0.0 for whoever can reach it."
         raise OSError(f"cannot listen on {host}, port {port}: {error.strerror or error}. {advice}") from None

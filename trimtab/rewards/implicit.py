@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from trimtab.records import Answer, Prompt
 from trimtab.rewards.models import answer_rows, in_batches
 from trimtab.rewards.scores import checked
 from trimtab.tokens import Overlong
-from trimtab.untrusted import read_yaml_mapping
+from trimtab.untrusted import home_expanded, read_yaml_mapping
 
 if TYPE_CHECKING:
     from trimtab.losses.arguments import Term
@@ -106,7 +105,7 @@ def implicit_source(text: str) -> ImplicitSource:
 
 def read_config(run: str) -> dict[str, Any]:
     """The run's resolved config; empty for a model that is no run directory."""
-    path = Path(run).expanduser()
+    path = home_expanded(run)
     if not path.exists() and (run.startswith((".", "/", "~")) or run.count("/") != 1):
         raise FileNotFoundError(f"there is no run directory {run}: implicit: needs a run of trimtab dpo or trimtab kto")
     config = path / "config.yaml"

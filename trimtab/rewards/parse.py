@@ -9,7 +9,6 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from trimtab.rewards.functions import load_function
@@ -19,6 +18,7 @@ from trimtab.rewards.models import ModelReward
 from trimtab.rewards.rules import RULES, RuleReward
 from trimtab.rewards.scores import Reward
 from trimtab.tokens import Overlong
+from trimtab.untrusted import home_expanded
 
 ENSEMBLE = re.compile(r"ensemble:(?P<kind>\w+)(:lambda=(?P<lam>[^()]*))?\((?P<members>.*)\)", re.DOTALL)
 
@@ -135,7 +135,7 @@ def check_source(text: str) -> None:
     """FileNotFoundError or ValueError if this can be neither a folder nor a hub id."""
     if not text:
         raise ValueError(f"no reward was given: it is {allowed()}")
-    if Path(text).expanduser().exists():
+    if home_expanded(text).exists():
         return
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {text} to read a reward model from")
