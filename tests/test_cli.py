@@ -351,6 +351,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert COMMANDS[name].about[1:30] in shown.replace("\n", " ") or len(shown) > 200
 
 
+def test_help_has_no_indented_paragraph_and_names_what_no_config_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, told in (("chat", "\n\nType a message"), ("dpo", "--nproc N"), ("dpo", "--config RUN")):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert told in capsys.readouterr().out
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     probe = (
         "import sys; from trimtab.cli import main; main({}); "
