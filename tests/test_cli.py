@@ -352,7 +352,12 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 
 def test_help_has_no_indented_paragraph_and_names_what_no_config_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, told in (("chat", "\n\nType a message"), ("dpo", "--nproc N"), ("dpo", "--config RUN")):
+    for name, told in (
+        ("chat", "\n\nType a message"),
+        ("dpo", "--nproc N"),
+        ("chat", "[OPTIONS] MODEL"),
+        ("dpo", "--config RUN"),
+    ):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert told in capsys.readouterr().out

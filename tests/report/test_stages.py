@@ -47,7 +47,7 @@ def test_curves_are_those_of_the_stage_in_the_colours_of_the_runs():
 
 def test_a_curve_says_whose_it_is_where_a_stage_has_several_runs():
     drawn = record("drawn", "rl", metrics=[{"step": 1, "reward": 2.0}])
-    assert [figure.layout["showlegend"] for figure in fill(STEER, [drawn]).figures] == [False]
+    assert all("showlegend" not in figure.layout for figure in fill(STEER, [drawn]).figures)
     assert [figure.layout["showlegend"] for figure in fill(STEER, [drawn, record("other", "dpo")]).figures] == [True]
 
 
