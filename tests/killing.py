@@ -26,6 +26,8 @@ def _command(arguments: list[str], log: str, cache: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # A suite that runs in the background of a script has been told to ignore Ctrl-C, and its children with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from trimtab.cli import main
 
     sys.exit(main(arguments))

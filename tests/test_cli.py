@@ -363,6 +363,13 @@ def test_help_has_no_indented_paragraph_and_names_what_no_config_holds(capsys: p
         assert told in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("group", ["evaluate", "data"])
+def test_help_of_a_group_lists_its_commands_alone(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([group, "--help"]) == 0
+    listed = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == [name for name in COMMANDS if name.startswith(f"{group} ")] and len(listed) > 1
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     probe = (
         "import sys; from trimtab.cli import main; main({}); "

@@ -99,7 +99,7 @@ APART: dict[str, tuple[str, list[str]]] = {
 WHOLE_ONLY = {"demonstrations beside": ("rloo", [*ONLINE, "--ptx-data", "demonstrations.jsonl", "--ptx-coef", "1"])}
 PATIENCE = 300
 """Seconds for anything that is waited for; a loaded machine may need many times what it takes alone."""
-NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second"}
+NOT_FIGURES = {"seconds", "draw_seconds", "tokens_per_second", "prompt", "response"}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -141,6 +141,11 @@ def figures(run: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in NOT_FIGURES} for row in numbers]
 
 
+def said(run: Path) -> list[tuple[str, str]]:
+    """The prompts and answers of its samples."""
+    return [(row["prompt"], row["response"]) for row in lines_of(run, "samples")]
+
+
 def answers(run: Path) -> list[tuple[list[str], list[float]]]:
     """The answers and the rewards that each rollout tells."""
     rows = [row["answers"] for row in lines_of(run, "rollouts")]
@@ -149,8 +154,8 @@ def answers(run: Path) -> list[tuple[list[str], list[float]]]:
 
 def compare(one: Path, many: Path, near: float = 1e-5) -> None:
     """Losses and figures of every step, evaluations, answers and final weights are the same to 1e-5, or `near`."""
-    assert lines_of(one, "metrics") and lines_of(one, "samples") == lines_of(many, "samples")
-    for name in ("metrics", "evals"):
+    assert lines_of(one, "metrics") and said(one) == said(many)
+    for name in ("metrics", "evals", "samples"):
         for ours, theirs in zip(figures(one, name), figures(many, name), strict=True):
             assert theirs == pytest.approx(ours, rel=near, abs=near, nan_ok=True), (many, name, ours["step"])
     assert [texts for texts, _ in answers(one)] == [texts for texts, _ in answers(many)]

@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # nothing here reports to anybody
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(overview())
+    if not given or (given[-1:] in (["-h"], ["--help"]) and is_group(given[:-1])):
+        print(overview(*given[:-1]))
         return 0
     if given[0] == "--version":
         print(f"trimtab {__version__}")
@@ -330,13 +330,19 @@ def flag_words(key: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def overview() -> str:
-    """What `trimtab --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items())
+def is_group(words: Sequence[str]) -> bool:
+    """Whether these words begin commands and are none: no words at all, or one such as `evaluate`."""
+    return not words or (len(words) == 1 and any(name.startswith(f"{words[0]} ") for name in COMMANDS))
+
+
+def overview(group: str = "") -> str:
+    """What `trimtab --help` prints, and `trimtab evaluate --help` of its commands alone."""
+    named = {name: command.about for name, command in COMMANDS.items() if name.startswith(f"{group} ".lstrip())}
+    width = max(map(len, named))
+    lines = "\n".join(f"  {name:{width}}  {about}" for name, about in named.items())
     return (
         "trimtab: align a language model with human preferences, and know whether it worked.\n\n"
-        f"usage: trimtab COMMAND [flags]\n\n{lines}\n\n"
+        f"usage: trimtab {group or 'COMMAND'} {'COMMAND ' if group else ''}[flags]\n\n{lines}\n\n"
         "`trimtab COMMAND --help` explains a command's flags. Start with `trimtab quickstart`.\n"
         "RUN/config.yaml repeats a run: `trimtab COMMAND --config RUN/config.yaml --out OTHER`."
     )

@@ -230,15 +230,21 @@ class TestCommand:
 
     def test_ctrl_c_ends_it_quietly(self, tmp_path: Path):
         run = make_run(tmp_path / "run")
-        command = [sys.executable, "-m", "trimtab", "watch", str(run), "--port", "0"]
+        # A suite that runs in the background of a script has been told to ignore Ctrl-C, and its children with it.
+        heeding = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        begin = heeding + "from trimtab.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", begin, "watch", str(run), "--port", "0"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            line = process.stderr.readline()
-            assert "watching" in line and "http://127.0.0.1:" in line
-            status, page, _ = asked(line.split(" at ")[1].split()[0])
-            assert status == 200 and "Training run" in page
-            process.send_signal(signal.SIGINT)
-            assert (process.stderr.read(), process.wait(timeout=20)) == ("", 0)
+            try:
+                assert process.stderr is not None
+                line = process.stderr.readline()
+                assert "watching" in line and "http://127.0.0.1:" in line
+                status, page, _ = asked(line.split(" at ")[1].split()[0])
+                assert status == 200 and "Training run" in page
+                process.send_signal(signal.SIGINT)
+                assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
+            finally:
+                process.kill()
 
 
 def test_rows_that_grow_are_shown_as_json(tmp_path: Path):
