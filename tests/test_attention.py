@@ -217,7 +217,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
 def test_auto_is_blocks_on_cpus() -> None:
     policy = policy_of("llama")
     policy.body.use_layout()
-    assert (policy.body.attention, policy.body.why) == ("blocked", "blocked: chosen for cpu")
+    assert (policy.body.attention, policy.body.why) == ("blocked", "blocked attention, chosen for cpu")
 
 
 def run_lengths(make, attend, device: str = "cpu", *, grad: bool) -> None:
@@ -271,7 +271,7 @@ def test_cuda_gradients_equal_those_of_sdpa(cuda: str, family: str, dtype: str, 
 def test_cuda_chooses_flex(cuda: str) -> None:
     policy = policy_of("llama", device=cuda, hidden_size=64, head_dim=16)
     policy.body.use_layout()
-    assert (policy.body.attention, policy.body.why) == ("flex", "flex: chosen for cuda")
+    assert (policy.body.attention, policy.body.why) == ("flex", "flex attention, chosen for cuda")
 
 
 @pytest.mark.gpu

@@ -100,7 +100,7 @@ def test_families_run_layouts_by_blocks(family: str, monkeypatch: pytest.MonkeyP
     policy.body.use_layout(share=False)
     expected = policy.logprobs(pairs()), gradient(policy, pairs())
     policy.body.use_layout(share=True)
-    assert (policy.body.attention, policy.body.why) == ("blocked", "blocked: chosen for cpu")
+    assert (policy.body.attention, policy.body.why) == ("blocked", "blocked attention, chosen for cpu")
     assert policy.body.layout(pairs()) is not None
     assert torch.allclose(policy.logprobs(pairs()), expected[0], atol=1e-5)
     assert error(gradient(policy, pairs()), expected[1]) < 1e-5

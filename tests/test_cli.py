@@ -351,6 +351,18 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert COMMANDS[name].about[1:30] in shown.replace("\n", " ") or len(shown) > 200
 
 
+def test_help_has_no_indented_paragraph_and_names_what_no_config_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, told in (
+        ("chat", "\n\nType a message"),
+        ("dpo", "--nproc N"),
+        ("chat", "[OPTIONS] MODEL"),
+        ("dpo", "--config RUN"),
+    ):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("group", ["evaluate", "data"])
 def test_help_of_a_group_lists_its_commands_alone(group: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([group, "--help"]) == 0

@@ -157,7 +157,7 @@ class Body(nn.Module):
             raise ValueError(f"attention {attention}: {problem}. Use attention auto.")
         set_attention(self.network, None if problem else own)
         asked = "as asked" if attention != "auto" else problem or f"chosen for {device}"
-        self.why = f"{self.attention}: {asked}"
+        self.why = f"{self.attention} attention, {asked}"
 
     def why_not(self, own: str, precision: Precision) -> str | None:
         """What keeps this model from one of our attentions; None if it runs and agrees, gradients included."""

@@ -141,14 +141,20 @@ def run_command(given: Sequence[str]) -> int:
     recipe = import_module(f"trimtab.recipes.{command.module}")
     check_preset(name, command, rest)
     given_flags = [*command.preset, *rest]
-    about = f"{command.about}. --nproc N: on N devices of this machine" if command.on_many else command.about
-    config = read_config(getattr(recipe, command.config), given_flags, prog=f"trimtab {name}", about=about)
+    config = read_config(getattr(recipe, command.config), given_flags, prog=f"trimtab {name}", about=in_full(command))
     if count > 1 and "WORLD_SIZE" not in os.environ:
         from trimtab.parallel import launch
 
         return launch(count, [*name.split(), *rest])
     run_recipe(getattr(recipe, command.function), config, together=count > 1)
     return 0
+
+
+def in_full(command: Command) -> str:
+    """What a command is about, and the two words that stand beside its flags because no config holds them."""
+    if not command.on_many:
+        return command.about
+    return f"{command.about}. --nproc N: on N devices of this machine. --config RUN: with the flags of that run"
 
 
 def take_count(name: str, command: Command, given: Sequence[str]) -> tuple[int, list[str]]:
@@ -225,9 +231,11 @@ def split_command(given: Sequence[str]) -> tuple[str, list[str]]:
 
 def read_config(config: type, arguments: Sequence[str], *, prog: str, about: str) -> Any:
     """A recipe's config from the command line, after the flags that `--config FILE` stands for."""
+    from inspect import getdoc
+
     import tyro
 
-    description = f"{about[0].upper()}{about[1:]}.\n\n{(config.__doc__ or '').strip()}"
+    description = f"{about[0].upper()}{about[1:]}.\n\n{getdoc(config) or ''}"
     flags = expand_config(config, arguments, prog.removeprefix("trimtab "))
     return tyro.cli(config, args=flags, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,))
 

@@ -124,7 +124,7 @@ def test_self_bleu_of_repeated_and_of_unrelated_texts() -> None:
 @pytest.mark.skipif(find_spec("sacrebleu") is not None, reason="sacrebleu is installed")
 def test_without_sacrebleu_the_message_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "diversity", "--data", "missing.jsonl", "--self-bleu"]) == 2
-    assert "pip install 'trimtab[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]'" in capsys.readouterr().err
 
 
 def write(path: Path, groups: dict[str, list[str]]) -> str:

@@ -101,4 +101,4 @@ def test_the_real_harness_counts_as_we_do(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
 def test_without_the_harness_the_message_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "harness", "--model", "tiny", "--tasks", "easy"]) == 2
-    assert "pip install 'trimtab[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]'" in capsys.readouterr().err

@@ -23,7 +23,8 @@ from trimtab.report.histograms import (
 
 def test_bins_reach_from_the_least_to_the_greatest():
     assert bin_edges([3.0, -1.0, 1.0], bins=4) == [-1.0, 0.0, 1.0, 2.0, 3.0]
-    assert bin_edges([2.0, 2.0], bins=2) == [2.0, 3.0, 4.0]
+    assert bin_edges([2.0, 2.0], bins=2) == [1.25, 1.75, 2.25]
+    assert shares([2.0, 2.0], bin_edges([2.0, 2.0], bins=2)) == [0.0, 1.0]
 
 
 def test_shares_by_hand():

@@ -45,6 +45,12 @@ def test_curves_are_those_of_the_stage_in_the_colours_of_the_runs():
     assert [(one["name"], one["line"]["color"]) for one in accuracy.traces] == [("first, held out", "c1")]
 
 
+def test_a_curve_says_whose_it_is_where_a_stage_has_several_runs():
+    drawn = record("drawn", "rl", metrics=[{"step": 1, "reward": 2.0}])
+    assert all("showlegend" not in figure.layout for figure in fill(STEER, [drawn]).figures)
+    assert [figure.layout["showlegend"] for figure in fill(STEER, [drawn, record("other", "dpo")]).figures] == [True]
+
+
 def test_a_stage_without_numbers_has_its_runs_and_no_curve():
     filled = fill(IMITATE, [record("mine", "sft", metrics=[{"step": 1, "loss": None}])])
     assert filled.names == ["mine"] and filled.figures == []

@@ -52,6 +52,8 @@ def test_paths_are_compared_at_the_largest_kl_that_all_reach():
         told + "read off between the measured points, without intervals."
     ]
     assert verdict({"methods": [start], "frontier": frontier[:2]}) == []
+    nowhere = {"method": "grpo", "kl": 0.01, "gold": 0.2}
+    assert verdict({"methods": [start], "frontier": [*frontier, nowhere]}) == []
 
 
 @pytest.mark.parametrize(

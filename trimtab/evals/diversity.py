@@ -211,7 +211,7 @@ def self_bleu(texts: Sequence[str]) -> list[float]:
 def check_sacrebleu() -> None:
     """ValueError, saying what to install, where sacrebleu is absent."""
     if find_spec("sacrebleu") is None:
-        raise ValueError("self-BLEU needs sacrebleu, which is not installed: pip install 'trimtab[eval]'")
+        raise ValueError("self-BLEU needs sacrebleu, which is not installed: pip install '.[eval]'")
 
 
 def embedding_diversity(vectors: NDArray[np.float64]) -> float:

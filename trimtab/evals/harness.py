@@ -16,7 +16,7 @@ Figures = dict[str, dict[str, Estimate]]
 def check_harness() -> None:
     """ValueError, saying what to install, where the harness is absent."""
     if find_spec("lm_eval") is None:
-        raise ValueError("this needs lm-evaluation-harness, which is not installed: pip install 'trimtab[eval]'")
+        raise ValueError("this needs lm-evaluation-harness, which is not installed: pip install '.[eval]'")
 
 
 def harness(folder: str, tasks: Sequence[str], own_tasks: str | None = None, **options: Any) -> Figures:

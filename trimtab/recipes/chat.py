@@ -31,7 +31,7 @@ class Chat:
     Type a message, or /help. A model without a chat template continues what is typed.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Hub id, folder, run directory (its final model), or built-in: smollm2-135m-instruct, tiny."""
     versus: str | None = None
     """Another model that answers, too. Each goes on with its own answers."""

@@ -14,7 +14,7 @@ from trimtab.recipes.options import Overlong
 class Check:
     """Rows, duplicates, rows shared with another file, contradictions, cycles, ties, length bias, token lengths."""
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File (.jsonl .json .csv .parquet, also .gz), hub id, package.module:function, or a built-in name."""
     against: str | None = None
     """Another file: which rows and prompts are in both."""
@@ -30,7 +30,7 @@ class Check:
 class Show:
     """One batch as the model sees it: tokens that carry loss in green, the closing token marked, the rest dim."""
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File (.jsonl .json .csv .parquet, also .gz), hub id, package.module:function, or a built-in name."""
     model: str
     """The model whose tokenizer and chat template are used."""

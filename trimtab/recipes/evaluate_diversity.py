@@ -23,7 +23,7 @@ class EvaluateDiversity:
     before: str | None = None
     """Answers of another model to the same prompts: what has changed, paired by prompt."""
     self_bleu: bool = False
-    """Also self-BLEU; needs sacrebleu (pip install 'trimtab[eval]')."""
+    """Also self-BLEU; needs sacrebleu (pip install '.[eval]')."""
     embedder: str | None = None
     """Also 1 - mean cosine of embeddings: the folder or hub id of a transformer, whose states are averaged."""
     max_words: int | None = None

@@ -27,7 +27,7 @@ class EvaluateFrontier:
     Measured, the start model's best-of-n stands beside them. Runs of online RL write evaluations with reward and KL.
     """
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories."""
     reward: tuple[str, ...] = ()
     """Measure with this reward, as for `trimtab score`; the sum of several."""

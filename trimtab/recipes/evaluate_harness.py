@@ -10,7 +10,7 @@ from trimtab.recipes.options import check_limit
 
 @dataclass(frozen=True)
 class EvaluateHarness:
-    """What `lm_eval` says about a policy; needs the extra `eval` (pip install 'trimtab[eval]'). It fetches its data."""
+    """What `lm_eval` says about a policy; needs the extra `eval` (pip install '.[eval]'). It fetches its data."""
 
     model: str
     """Hub id, folder, run directory (its final model), or built-in name."""

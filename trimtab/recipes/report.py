@@ -12,7 +12,7 @@ import tyro
 class Report:
     """One self-contained HTML file: verdict, alarms, stages, reward against KL, curves, texts. Opens offline."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories, or one that holds several runs, such as quickstart's."""
     out: str = "report.html"
     """The page to write; a page that stands there is replaced, anything else is not."""

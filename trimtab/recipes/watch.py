@@ -12,7 +12,7 @@ import tyro
 class Watch:
     """The page of `trimtab report` on a local web server; new figures and texts come in by themselves."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories, or one that holds several runs, such as quickstart's."""
     port: int = 8377
     """Where the page is served; 0: any free port."""

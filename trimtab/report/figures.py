@@ -193,7 +193,8 @@ def _over_n(method: str, entries: Sequence[Mapping[str, Any]]) -> Trace:
     """One curve over n; dotted where answers were not chosen by the proxy."""
     curve = sorted(entries, key=lambda entry: interval(entry, "kl") or ())
     trace = _points(curve, method_name(method), color="c1") | {"text": [_n_label(entry) for entry in curve]}
-    drawn = {"mode": "lines+markers+text", "textposition": "bottom right", "showlegend": True}
+    places = ["bottom right"] * (len(curve) - 1) + ["bottom center"]  # the last may be at the edge of the figure
+    drawn = {"mode": "lines+markers+text", "textposition": places, "showlegend": True}
     dash = "solid" if method == "best-of-n" else "dot"
     return trace | drawn | {"line": {"color": "c1", "width": 2, "dash": dash}}
 
@@ -212,7 +213,7 @@ def _points(entries: Sequence[Mapping[str, Any]], name: str, color: str = "") ->
         "x": [one.value for one in kl],
         "y": [one.value for one in gold],
         "text": [name] * len(entries),
-        "textposition": "top left",
+        "textposition": "bottom right" if entries[0]["method"] == START else "top left",
         "cliponaxis": False,
         "marker": {"size": 11, "color": color or method_color(entries[0]["method"])},
         "showlegend": False,

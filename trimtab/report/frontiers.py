@@ -75,6 +75,7 @@ def painted(trace: Mapping[str, Any], color: str) -> dict[str, Any]:
         **trace,
         "line": {**trace.get("line", {}), "color": color, "width": 2},
         "marker": {"color": color, "size": 7},
+        "cliponaxis": False,
         "hoverinfo": "text+x+y",
         "showlegend": True,
     }

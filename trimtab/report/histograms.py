@@ -82,9 +82,12 @@ def outline(name: str, heights: Sequence[float], edges: Sequence[float], color: 
 
 
 def bin_edges(values: Sequence[float], bins: int = BINS) -> list[float]:
-    """The edges of equally wide bins from the least to the greatest value; around a single value, bins of width 1."""
+    """The edges of equally wide bins from the least to the greatest value; a single value in the middle of one."""
     low, high = min(values), max(values)
-    width = (high - low) / bins or 1.0
+    width = (high - low) / bins
+    if width == 0:
+        width = 1 / bins
+        low -= (bins // 2 + 0.5) * width
     return [low + width * i for i in range(bins + 1)]
 
 

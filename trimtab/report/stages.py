@@ -61,9 +61,10 @@ def fill(stage: Stage, runs: Sequence[RunRecord]) -> Filled:
 
 
 def overlaid(metric: str, runs: Sequence[tuple[RunRecord, str]]) -> Figure:
-    """One metric of several runs: training drawn through, held-out data dotted."""
+    """One metric of several runs: training drawn through, held-out data dotted; with several, every curve is named."""
     chart = next(chart for chart in CHARTS if chart.curves[0].key == metric)
     curves = [(run, replace(chart.curves[0], label=run.name, color=color)) for run, color in runs]
     traces = [trace for run, curve in curves for trace in trained(run, curve) + held_out(run, curve, alone=False)]
-    layout = {"xaxis": {"title": "step"}, "yaxis": {"title": chart.unit}}
+    named = {"showlegend": True} if len(runs) > 1 else {}
+    layout = {"xaxis": {"title": "step"}, "yaxis": {"title": chart.unit}, **named}
     return Figure(chart.title, chart.note, traces, layout)

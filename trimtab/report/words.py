@@ -7,6 +7,9 @@ from typing import Any
 
 from trimtab.report.summary import START, Interval, inner, interval, is_best_of, method_name, number
 
+NOTABLE_KL = 0.05
+"""Nats per answer, below which a comparison at equal KL compares nothing but the start model with itself."""
+
 NOTABLE_CHANGE = 0.1
 """What grew or shrank by more than this share is said to have changed."""
 
@@ -108,13 +111,13 @@ def _gaming_sentence(entry: Mapping[str, Any]) -> str:
 
 
 def _equal_kl_sentences(summary: Mapping[str, Any], start: Mapping[str, Any]) -> list[str]:
-    """What the methods' paths reach at the largest KL that all of them come to; nothing for less than two paths."""
+    """What the methods' paths reach at the largest KL that all come to; nothing for less than two, or next to no KL."""
     before, paths = interval(start, "gold"), _frontier_paths(summary)
     if before is None or len(paths) < 2:
         return []
     shared = min(max(kl for kl, _ in path) for path in paths.values())
     reached = {method: _read_off([(0.0, before.value), *path], shared) for method, path in paths.items()}
-    if shared <= 0:
+    if shared < NOTABLE_KL:
         return []
     ranked = sorted(reached.items(), key=lambda found: -found[1])
     told = ", ".join(f"{plain(gold)} by {method_name(method)}" for method, gold in ranked)
