@@ -12,15 +12,15 @@ from trimtab.evals.intervals import Estimate, bootstrap_mean, wilson
 def share_over_prompts(values: Sequence[float], prompts: Sequence[Hashable], seed: int = 0) -> Estimate:
     """The mean of shares, with the bootstrap interval over prompts: what belongs to one prompt is drawn together.
 
-    `count` is the number of prompts. Where every value is 0, or every one 1, all resamples are alike and say nothing
-    of what was not seen: there the interval is Wilson's, with the prompts as trials. NaN for no values at all.
+    `count` is the number of prompts. Where all prompts have one share, all resamples are alike and say nothing of what
+    was not seen: there the interval is Wilson's, with the prompts as trials. NaN for no values at all.
     """
     by_prompt: dict[Hashable, list[float]] = defaultdict(list)
     for value, prompt in zip(values, prompts, strict=True):
         by_prompt[prompt].append(value)
-    if not values or set(values) in ({0.0}, {1.0}):
-        return wilson(len(by_prompt) * (values[0] if values else 0), len(by_prompt))
     means = [sum(found) / len(found) for found in by_prompt.values()]
+    if len(set(means)) < 2:
+        return wilson(len(means) * means[0] if means else 0, len(means))
     found = bootstrap_mean(means, seed, weights=[len(found) for found in by_prompt.values()])
     # Widened deviations may leave the range of a share; a bound that is NaN stays so.
     return replace(found, low=0.0 if found.low < 0 else found.low, high=1.0 if found.high > 1 else found.high)
