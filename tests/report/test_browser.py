@@ -228,7 +228,7 @@ class TestWatch:
             assert page.locator("#search").input_value() == "question 3" and cards(page).count() == found
             assert page.locator("#count").text_content() == "13 of 40"
             assert page.locator("#facts details").first.get_attribute("open") is not None
-            until(page, f"Math.abs(document.getElementById('texts').getBoundingClientRect().top - {top}) < 3")
+            until(page, f"Math.abs(document.getElementById('texts').getBoundingClientRect().top - {top}) < 20")
             assert page.evaluate("scrollY") > 300
             assert "live · changed" in (page.locator("#live").text_content() or "")
             late = {"step": 6, "prompt": "Question 3?", "response": "After <i>all</i>."}

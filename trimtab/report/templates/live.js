@@ -73,8 +73,12 @@
       (node) => node.getBoundingClientRect().bottom > 60 && node.getBoundingClientRect().top > -200,
     );
     const top = seen && seen.getBoundingClientRect().top;
+    const settle = () => {
+      if (seen && seen.isConnected) scrollBy({ top: seen.getBoundingClientRect().top - top, behavior: "instant" });
+    };
     act();
-    if (seen && seen.isConnected) scrollBy({ top: seen.getBoundingClientRect().top - top, behavior: "instant" });
+    settle();
+    requestAnimationFrame(() => requestAnimationFrame(settle)); // plots take their last few pixels as they are painted
   };
 
   const update = (text) => {
