@@ -7,13 +7,15 @@ from pathlib import Path
 
 from trimtab import parallel
 from trimtab.cli import COMMANDS, read_config
+from trimtab.lock import released
 
 
 def run(name: str, flags: list[str]) -> None:
     command = COMMANDS[name]
     recipe = import_module(f"trimtab.recipes.{command.module}")
     config = read_config(getattr(recipe, command.config), [*command.preset, *flags], prog=f"trimtab {name}", about=name)
-    getattr(recipe, command.function)(config)
+    with released():
+        getattr(recipe, command.function)(config)
 
 
 if __name__ == "__main__":
