@@ -120,3 +120,9 @@ def test_capability_kept_or_lost():
 )
 def test_a_multiple_choice_without_before_says_nothing(told: dict[str, Any]):
     assert outcome(record(multiple_choice=told)) == []
+
+
+@pytest.mark.parametrize("told", [{"before": 3}, {"before": {"accuracy": 0.5}, "after": {"accuracy": 0.6}}])
+def test_a_multiple_choice_that_cannot_be_read_is_named(told: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"multiple-choice\.json of .*: not what"):
+        outcome(record(multiple_choice=told))

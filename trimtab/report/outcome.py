@@ -139,12 +139,16 @@ def last_with(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]
 
 
 def kept(run: RunRecord) -> list[str]:
-    """Capability before and after, where multiple-choice.json has both."""
+    """Capability before and after, where multiple-choice.json has both. ValueError where that cannot be read."""
     told = run.multiple_choice
+    if told.get("before") is None:
+        return []
     accuracies = [found for part in ("before", "after") if (found := interval(inner(told, part), "accuracy"))]
     change = interval(inner(told, "change"), "difference")
     if change is None or len(accuracies) < 2:
-        return []
+        raise ValueError(
+            f"multiple-choice.json of {run.name}: not what `trimtab evaluate multiple-choice --before M --json` prints."
+        )
     before, after = accuracies
     said = change_in_words(run.name, f"accuracy on {PurePath(str(told.get('data'))).name}", change)
     return [f"{said}, from {plain(before.value)} to {plain(after.value)}."]
